@@ -1,0 +1,103 @@
+"""Where LTX files lie: a small `Store` protocol, one module a backend.
+
+A store knows names, sizes, identities and bytes. It does not know what is inside a file, which files matter, or what
+was read before: no caching and no planning happens here. Every call has a deadline and may come from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol
+
+from lazyreplica.ltx.name import FileName
+
+LEVELS = range(10)
+"""Level 0 (as written), 1..8 (compacted), 9 (full snapshots)."""
+
+SNAPSHOT_LEVEL = 9
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One LTX file as the store showed it. Two are equal when they must hold the same bytes."""
+
+    level: int
+    name: FileName
+    size: int
+    """Bytes."""
+    etag: str
+    """Opaque identity of the bytes: S3's ETag without quotes; for local files made of inode, mtime and size."""
+    modified: float = field(compare=False)
+    """Object date, seconds since the Unix epoch; a hint only (LTX headers have the real time)."""
+
+    def __str__(self) -> str:
+        return f"level {self.level} file {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a whole-prefix listing showed."""
+
+    files: tuple[StoredFile, ...]
+    """LTX files in order of level, then name."""
+    strangers: frozenset[str]
+    """First path components under the replica path that are not part of the layout, e.g. ``generations``."""
+
+
+class Store(Protocol):
+    """The one interface between the engine and a storage service.
+
+    ``timeout`` is the number of seconds in which the call, with all its retries, answers or raises
+    `StoreUnavailable`. Any method raises `AccessDenied`, `BucketNotFound` or `StoreError` for what
+    cannot be helped by waiting.
+    """
+
+    @property
+    def url(self) -> str:
+        """The replica's URL for messages: canonical, without secrets."""
+
+    def list_all(self, timeout: float) -> Listing:
+        """List every level, level 0 first and level 9 last.
+
+        The order matters: Litestream uploads a compacted file before it deletes what it was made of, so a file that
+        leaves level 0 while we list is seen again one level up.
+        """
+
+    def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
+        """List one level by name, only names greater than `after` if given (S3 ``start-after``)."""
+
+    def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
+        """Exactly `length` bytes of `file` from `offset`.
+
+        Raises `FileVanished` when the file is gone or no longer has the listed identity (ETag, size).
+        """
+
+    def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
+        """The file of that name if there is one: its identity, and its bytes (at most the first `limit`).
+
+        None when there is no such file. One request.
+        """
+
+    def put(self, level: int, name: FileName, source: BinaryIO, size: int, timestamp: float, timeout: float) -> None:
+        """Store `size` bytes of `source` under that name, atomically; `timestamp` (seconds) goes into the metadata
+        where Litestream looks for it. `timeout` bounds each part of a large upload."""
+
+    def read_note(self, name: str, timeout: float) -> bytes | None:
+        """A small object beside the levels (``<path>/<name>``), or None."""
+
+    def write_note(self, name: str, data: bytes, timeout: float) -> None:
+        """Write a small object beside the levels."""
+
+    def close(self) -> None:
+        """Drop connections. Calls under way may fail with `StoreUnavailable`; later calls do."""
+
+
+def open_store(url: str) -> Store:
+    """The store for a replica URL: ``s3://bucket/path?...`` or ``file:///dir``.
+
+    Raises `ConfigError` for a URL that cannot be understood. Opens no connection.
+    """
+    from lazyreplica.storage.url import parse_replica_url  # noqa: F401 (filled in by the backends)
+
+    raise NotImplementedError
