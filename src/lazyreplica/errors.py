@@ -72,3 +72,7 @@ class FileVanished(StoreError):
 
 class PublishRefused(LazyReplicaError):
     """Publishing there could corrupt somebody else's replica."""
+
+
+class WaitTimeout(LazyReplicaError, TimeoutError):
+    """The replica did not reach a TXID in time."""

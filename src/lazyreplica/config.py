@@ -1,0 +1,199 @@
+"""Options of a replica, and which replica a database name stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lazyreplica.errors import ConfigError
+
+MIB = 1 << 20
+
+ENVIRONMENT = {
+    "hydrate": "LITESTREAM_HYDRATION_ENABLED",
+    "hydrate_max": "LITESTREAM_HYDRATION_MAX",
+    "hydration_path": "LITESTREAM_HYDRATION_PATH",
+    "cache_size": "LITESTREAM_CACHE_SIZE",
+    "poll_interval": "LITESTREAM_POLL_INTERVAL",
+    "max_staleness": "LITESTREAM_MAX_STALENESS",
+    "read_timeout": "LITESTREAM_READ_TIMEOUT",
+}
+"""Option name -> environment variable (the peer's name where it has one)."""
+
+URL_VARIABLE = "LITESTREAM_REPLICA_URL"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a replica is read. Raises `ConfigError` for a value that makes no sense."""
+
+    hydrate: bool | None = None
+    """Download the rest in the background. None: while the database is smaller than `hydrate_max`."""
+    hydrate_max: int | None = None
+    """Bytes. None: the smaller of 1 GiB and a quarter of the free space."""
+    hydration_path: str | None = None
+    """Where the local copy appears. None: a private temporary file, gone at close."""
+    cache_size: int = 32 * MIB
+    """Bytes of pages kept in memory, shared by all connections to the replica."""
+    poll_interval: float = 1.0
+    """Seconds between two looks for new transactions. 0: no thread, the head stays until `refresh`."""
+    max_staleness: float | None = None
+    """A transaction that starts when the last poll is older than this many seconds polls first.
+    None: five poll intervals, at least 5 seconds; never with `poll_interval` 0."""
+    read_timeout: float = 30.0
+    """Seconds after which a read that storage does not answer fails."""
+
+    def __post_init__(self) -> None:
+        _require(self.hydrate_max is None or self.hydrate_max >= 0, "hydrate_max", self.hydrate_max, "bytes, 0 or more")
+        _require(self.cache_size >= 0, "cache_size", self.cache_size, "bytes, 0 or more")
+        _require(_is_duration(self.poll_interval), "poll_interval", self.poll_interval, "seconds, 0 or more")
+        _require(
+            self.max_staleness is None or _is_duration(self.max_staleness),
+            "max_staleness",
+            self.max_staleness,
+            "seconds, 0 or more",
+        )
+        _require(
+            _is_duration(self.read_timeout) and self.read_timeout > 0,
+            "read_timeout",
+            self.read_timeout,
+            "seconds, more than 0",
+        )
+        _require(self.hydration_path is None or self.hydration_path != "", "hydration_path", "", "a path")
+
+    @property
+    def staleness_limit(self) -> float:
+        """`max_staleness` with its default filled in; infinite when a transaction never polls."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return max(5.0, 5 * self.poll_interval) if self.poll_interval else math.inf
+
+    def updated(self, values: Mapping[str, object], source: str) -> Options:
+        """A copy with `values` over it; texts are parsed. `source` is named in error messages."""
+        return dataclasses.replace(self, **{name: _parse(name, value, source) for name, value in values.items()})
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Options:
+        """The defaults, with what the environment says over them."""
+        environ = os.environ if environ is None else environ
+        options = cls()
+        for name, variable in ENVIRONMENT.items():
+            if environ.get(variable, "") != "":
+                options = options.updated({name: environ[variable]}, variable)
+        return options
+
+
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+
+
+def _is_duration(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _require(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_TRUE = {"1", "t", "true", "yes", "on"}
+_FALSE = {"0", "f", "false", "no", "off"}
+
+
+def _parse(name: str, value: object, source: str) -> object:
+    if name not in OPTION_NAMES:
+        raise ConfigError(f"{name!r} is not an option; options are {', '.join(OPTION_NAMES)}")
+    if value is None:
+        return None
+    if name == "hydrate":
+        return _parse_bool(value, source)
+    if name in ("hydrate_max", "cache_size"):
+        return _parse_size(value, source)
+    if name == "hydration_path":
+        if not isinstance(value, str | os.PathLike):
+            raise ConfigError(f"{source}: {value!r} is not a path")
+        return os.fspath(value)
+    return _parse_seconds(value, source)
+
+
+def _parse_bool(value: object, source: str) -> bool:
+    text = str(value).strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise ConfigError(f"{source} is {value!r}, expected true or false")
+
+
+def _parse_size(value: object, source: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None:
+        raise ConfigError(f"{source} is {value!r}, expected a number of bytes such as 67108864 or 64MiB")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2].lower()]
+
+
+def _parse_seconds(value: object, source: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    match = _DURATION.fullmatch(str(value).strip())
+    if match is None:
+        raise ConfigError(f"{source} is {value!r}, expected seconds such as 0.5, or a duration such as 500ms or 2s")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+_configured: dict[str, tuple[str, Options]] = {}
+_lock = threading.Lock()
+
+
+def configure(name: str, url: str, **options: object) -> None:
+    """Let the database `name` (as in ``file:NAME?vfs=litestream``) stand for the replica at `url`.
+
+    Options are those of `Options`, over what the environment says. Configuring a name again replaces what it stands
+    for; connections that are open keep theirs. Raises `ConfigError` for an unknown option or a malformed URL.
+    """
+    from lazyreplica.storage.url import parse_replica_url
+
+    if not name:
+        raise ConfigError("configure() needs a database name such as 'app.db'")
+    parse_replica_url(url)  # complain here, where the mistake is, rather than at the first open
+    parsed = Options.from_environment().updated(options, "configure()")
+    with _lock:
+        _configured[name] = (url, parsed)
+
+
+def is_configured(name: str) -> bool:
+    """Whether `configure` was called for that name."""
+    with _lock:
+        return name in _configured
+
+
+def resolve(name: str, parameters: Mapping[str, str]) -> tuple[str, Options]:
+    """The replica URL and options for a database name and its URI parameters.
+
+    First found wins: parameter ``replica_url``, `configure`, ``LITESTREAM_REPLICA_URL``. Parameters that are option
+    names go over the options. Raises `ConfigError` when no replica is named.
+    """
+    with _lock:
+        configured = _configured.get(name)
+    explicit = parameters.get("replica_url", "")
+    url = explicit or (configured[0] if configured else "") or os.environ.get(URL_VARIABLE, "")
+    if not url:
+        raise ConfigError(
+            f"no replica is configured for {name!r}: set {URL_VARIABLE}=s3://bucket/path, call "
+            f"lazyreplica.configure({name!r}, 's3://bucket/path'), or open "
+            f"'file:{name}?vfs=litestream&replica_url=s3%3A%2F%2Fbucket%2Fpath'"
+        )
+    options = configured[1] if configured and not explicit else Options.from_environment()
+    for option in OPTION_NAMES:
+        if option in parameters:
+            options = options.updated({option: parameters[option]}, f"URI parameter {option}")
+    return url, options

@@ -1,0 +1,253 @@
+"""Keeps the head fresh: looks for new transactions, proves that they continue ours, applies them.
+
+The next level-0 name is known (``N+1-N+1``), so one cheap GET detects a transaction and delivers it. A listing is
+asked for where that cannot work: after misses (the file may have been compacted away before we looked), and when the
+file that was found does not prove by itself that it continues our history.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+
+from lazyreplica.clock import now
+from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, ReplicaGap
+from lazyreplica.head import Head
+from lazyreplica.layers import Arrival, Layers, check_page_size
+from lazyreplica.ltx.name import FileName, format_txid
+from lazyreplica.pagemap import Layer, stack
+from lazyreplica.plan import extend, plan
+from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.storage import Store, StoredFile
+
+log = logging.getLogger(__name__)
+
+LIST_EVERY = 10.0
+"""Seconds between listings while nothing arrives."""
+_PROBES = 16
+"""New files taken one by one before a listing is asked for: far behind, compacted files lead there faster."""
+
+Advance = Callable[[Arrival, Snapshot], None]
+Replace = Callable[[Snapshot], None]
+
+
+class Follower:
+    """Owner of the head's progress: nothing else changes it. One poll at a time; any thread may ask for one."""
+
+    def __init__(
+        self,
+        store: Store,
+        layers: Layers,
+        head: Head,
+        listed: Iterable[StoredFile],
+        advance: Advance,
+        replace: Replace,
+        timeout: float,
+    ) -> None:
+        """`listed`: the files of the listing that the head was planned from. `timeout`: seconds for a request."""
+        self._store = store
+        self._layers = layers
+        self._head = head
+        self._advance = advance
+        self._replace = replace
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._recorded = set(listed)
+        """Files known to belong to the current lineage, as the last listing showed them, and those found since."""
+        self._misses = 0
+        self._listed_at = self._polled_at = self._tried_at = now()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the store last answered what the newest transaction is."""
+        return now() - self._polled_at
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last poll, successful or not, ended."""
+        return now() - self._tried_at
+
+    def start(self, interval: float) -> None:
+        """Poll every `interval` seconds in a thread."""
+        self._thread = threading.Thread(target=self._run, args=(interval,), name="lazyreplica-follower", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread; wait at most `timeout` seconds for a request that is under way."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def _run(self, interval: float) -> None:
+        failing = False
+        while not self._stop.wait(interval):
+            try:
+                self.poll()
+            except LazyReplicaError as exc:
+                log.log(logging.DEBUG if failing else logging.WARNING, "cannot follow %s: %s", self._store.url, exc)
+                failing = True
+            except Exception:
+                log.exception("following %s failed unexpectedly; trying again", self._store.url)
+            else:
+                if failing:
+                    log.info("following %s again", self._store.url)
+                failing = False
+
+    def poll(self, *, thorough: bool = False) -> None:
+        """Look for new transactions once, and apply what is there.
+
+        `thorough` asks for a listing even if the next file is not there, so that on return the head is the newest
+        state that the store showed. Raises `StoreError`, `LTXError`, `ReplicaError`; the head then stays as it is.
+        """
+        with self._lock:
+            try:
+                self._poll(thorough)
+                self._polled_at = now()
+            finally:
+                self._tried_at = now()
+
+    def poll_if_idle(self, limit: float) -> None:
+        """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged."""
+        if self.idle <= limit:
+            return
+        with self._lock:
+            if self.idle <= limit:
+                return
+            try:
+                self._poll(thorough=True)
+                self._polled_at = now()
+            except LazyReplicaError as exc:
+                log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.lag, exc)
+            finally:
+                self._tried_at = now()
+
+    def _poll(self, thorough: bool) -> None:
+        for _ in range(_PROBES):
+            outcome = self._probe()
+            if outcome is None:
+                break
+            if not outcome or self._stop.is_set():
+                return
+        else:
+            self._list()
+            return
+        self._misses += 1
+        if thorough or self._misses == 2 or now() - self._listed_at >= LIST_EVERY:
+            self._list()
+
+    def _probe(self) -> bool | None:
+        """Take the next level-0 file: True if it was applied, None if it is not there, False after a listing."""
+        head = self._head.current
+        try:
+            arrival = self._layers.probe(FileName(head.txid + 1, head.txid + 1))
+        except LTXError as exc:
+            log.warning("the next transaction cannot be read (%s); looking for another file that holds it", exc)
+            self._list()
+            return False
+        if arrival is None:
+            return None
+        self._misses = 0
+        if _continues_wal(head.last, arrival.layer):
+            check_page_size(head.last, arrival.layer)
+            self._recorded.add(arrival.layer.file)
+            self._apply(head, arrival)
+            return True
+        # Asked for after the file was read: if the file that we stand on is still listed, the path was not wiped before.
+        self._list(arrival)
+        return self._head.current.txid > head.txid
+
+    def _apply(self, head: Snapshot, arrival: Arrival) -> None:
+        if arrival.layer.holds_everything and not _continues_wal(head.last, arrival.layer):
+            # The primary lost its local state and went on with a copy of the whole database: perhaps a restored, older
+            # one, whose schema may differ although its cookie is equal.
+            self._replace(head.with_layer(arrival.layer, head.lineage.next_epoch()))
+        else:
+            self._advance(arrival, head.with_layer(arrival.layer))
+        log.debug("%s: TXID %s, %d pages", self._store.url, format_txid(arrival.layer.max_txid), self._head.current.commit)
+
+    def _list(self, arrival: Arrival | None = None) -> None:
+        """Compare a listing with what we stand on, and go on from there.
+
+        `arrival` is a level-0 file already read that may be the first step.
+        """
+        head = self._head.current
+        for attempt in (1, 2):
+            listing = self._store.list_all(self._timeout)
+            self._listed_at = now()
+            files = listing.files
+            if not files:
+                log.warning("%s has no files any more; staying at TXID %s", self._store.url, format_txid(head.txid))
+                return
+            standing = any(file.name.max_txid == head.txid and file in self._recorded for file in files)
+            try:
+                if standing:
+                    self._walk(head, files, arrival)
+                else:
+                    self._leap(head, files)
+            except (ReplicaGap, FileVanished):
+                # Levels are not listed in one instant: only a hole that is still there a moment later is one.
+                if attempt == 2:
+                    raise
+                continue
+            return
+
+    def _walk(self, head: Snapshot, files: tuple[StoredFile, ...], arrival: Arrival | None) -> None:
+        """A file that ends where we stand is still there: whatever continues it continues our history."""
+        chain = extend(files, head.txid)
+        layers = self._layers.open_chain(chain) if chain else []
+        self._recorded = set(files)
+        for layer in layers:
+            check_page_size(head.last, layer)
+            data = arrival.data if arrival and arrival.layer is layer else self._layers.kept(layer)
+            self._apply(self._head.current, Arrival(layer, data))
+
+    def _leap(self, head: Snapshot, files: tuple[StoredFile, ...]) -> None:
+        """What we stand on is no longer listed: plan from scratch, and find out whether this is still our history."""
+        newest = max(file.name.max_txid for file in files)
+        ours = any(file in self._recorded for file in files)
+        if ours and newest <= head.txid:
+            if newest < head.txid:
+                log.warning(
+                    "%s ends at TXID %s now, before ours; staying at %s",
+                    self._store.url,
+                    format_txid(newest),
+                    format_txid(head.txid),
+                )
+            return
+        snapshot = stack_snapshot(
+            self._layers.open_chain(plan(files)), head.lineage.next_epoch() if ours else Lineage()
+        )
+        if not ours:
+            log.warning(
+                "%s holds another database history now (none of the files that we know is there any more): TXID %s "
+                "replaces %s, open connections have to reopen",
+                self._store.url,
+                format_txid(snapshot.txid),
+                format_txid(head.txid),
+            )
+        elif snapshot.page_size != head.page_size:
+            check_page_size(head.last, snapshot.last)
+        self._recorded = set(files)
+        self._replace(snapshot)
+
+
+def stack_snapshot(layers: list[Layer], lineage: Lineage) -> Snapshot:
+    """The snapshot at the end of a chain of opened layers."""
+    return Snapshot(lineage, layers[-1], stack(layers))
+
+
+def _continues_wal(before: Layer, after: Layer) -> bool:
+    """Whether `after` was taken from the WAL exactly where `before` ended.
+
+    The salts name one generation of the primary's WAL, and the offset a place in it: equal place, equal database.
+    """
+    old, new = before.header, after.header
+    return (
+        new.wal_offset != 0
+        and old.wal_offset != 0
+        and (new.wal_salt1, new.wal_salt2) == (old.wal_salt1, old.wal_salt2)
+        and new.wal_offset == old.wal_offset + old.wal_size
+    )

@@ -1,0 +1,129 @@
+"""Finds a page version again after its file was deleted by compaction or retention.
+
+A version does not change when its place does. For a snapshot pinned at TXID T, the file that held page p is gone;
+another state at TXID M, made of files that exist now, holds the same bytes for p if
+
+- M <= T and p's version was written at or before M (the snapshot itself says when: its owner's MaxTXID), or
+- M > T and none of the layers T+1..M that we have seen contains p.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakSet
+
+from lazyreplica.errors import EmptyReplica, FileVanished, ReplicaError, SnapshotGone
+from lazyreplica.head import Head
+from lazyreplica.layers import Layers
+from lazyreplica.ltx.name import format_txid
+from lazyreplica.pagemap import Layer, PageMap, stack
+from lazyreplica.plan import Chain, plan
+from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.storage import Store, StoredFile
+
+log = logging.getLogger(__name__)
+
+_KEPT_STATES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Another chain, at another TXID perhaps, whose pages may stand in for those of a pinned snapshot."""
+
+    lineage: Lineage
+    txid: int
+    pages: PageMap
+
+
+class Relocator:
+    """Remembers which files are gone and a few states made of files that are not. Thread-safe."""
+
+    def __init__(
+        self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], None], timeout: float
+    ) -> None:
+        """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known."""
+        self._store = store
+        self._layers = layers
+        self._head = head
+        self._catch_up = catch_up
+        self._timeout = timeout
+        # Held across network I/O, which only pages wait for whose files are gone: one new plan serves them all.
+        self._lock = threading.Lock()
+        self._gone: WeakSet[Layer] = WeakSet()
+        self._states: list[_State] = []
+
+    def is_gone(self, layer: Layer) -> bool:
+        """Whether the layer's file is known to have vanished, so that asking for it again is a wasted request."""
+        return layer in self._gone
+
+    def find(self, snapshot: Snapshot, pgno: int, gone: Layer) -> Layer:
+        """A layer that holds the snapshot's version of page `pgno` in a file that should still exist.
+
+        `gone` is the layer whose file has vanished. Raises `SnapshotGone` if that version is nowhere any more.
+        """
+        with self._lock:
+            self._gone.add(gone)
+            found = self._look_up(snapshot, pgno)
+            if found is None:
+                self._plan_again(snapshot)
+                found = self._look_up(snapshot, pgno)
+            if found is None:
+                raise SnapshotGone(
+                    f"page {pgno} as of TXID {format_txid(snapshot.txid)} is in no file of {self._store.url} any more "
+                    f"({gone.file} was removed by compaction or retention while this read transaction was open): "
+                    "roll back and retry; the newest state is available"
+                )
+            log.debug("page %d of %s is read from %s now", pgno, gone, found)
+            return found
+
+    def _look_up(self, snapshot: Snapshot, pgno: int) -> Layer | None:
+        written = snapshot.owner(pgno).max_txid
+        for state in self._states:
+            if state.lineage is not snapshot.lineage:
+                continue
+            if state.txid <= snapshot.txid:
+                same = written <= state.txid
+            else:
+                same = not self._head.changed_since(snapshot, pgno, state.txid)
+            if same:
+                layer = state.pages.owner(pgno)
+                if layer is not None and layer not in self._gone:
+                    return layer
+        return None
+
+    def _plan_again(self, snapshot: Snapshot) -> None:
+        """Learn of states made of the files that are there now: the newest, and the newest at or below the pin."""
+        for attempt in range(3):
+            # Catch up between the listing and the use of its newest state: then every layer up to it is known.
+            gone = {layer.file for layer in self._gone}
+            files = [file for file in self._store.list_all(self._timeout).files if file not in gone]
+            self._catch_up()
+            lineage = self._head.current.lineage
+            if snapshot.lineage is not lineage:
+                return  # the listing shows another history: nothing in it can stand in
+            try:
+                for chain in _candidates(files, snapshot.txid):
+                    txid = chain[-1].name.max_txid
+                    self._states.insert(0, _State(lineage, txid, stack(self._layers.open_chain(chain))))
+            except FileVanished as exc:
+                log.info("files vanished while planning again, attempt %d: %s", attempt + 1, exc)
+                continue
+            del self._states[_KEPT_STATES:]
+            return
+
+
+def _candidates(files: list[StoredFile], txid: int) -> list[Chain]:
+    chains: list[Chain] = []
+    for limit in (None, txid):
+        try:
+            chain = plan(files, limit)
+        except EmptyReplica:
+            continue
+        except ReplicaError as exc:
+            log.info("no plan %s: %s", "for the newest state" if limit is None else "for the pinned one", exc)
+            continue
+        chains.append(chain)
+    return chains

@@ -1,0 +1,232 @@
+"""A replica: ties store, head, caches, follower and hydrator together. Shared by every connection and thread.
+
+A read's way: `Replica.read` -> local copy -> memory -> fetcher -> store.
+A transaction's way in: follower -> local copy -> a new head snapshot, by one assignment.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from lazyreplica.cache import PageCache
+from lazyreplica.config import Options
+from lazyreplica.errors import (
+    EmptyReplica,
+    FileVanished,
+    LegacyLayout,
+    LineageChanged,
+    ReplicaError,
+    ReplicaGap,
+    StoreUnavailable,
+    WaitTimeout,
+)
+from lazyreplica.fetcher import Fetcher
+from lazyreplica.follower import Follower, stack_snapshot
+from lazyreplica.head import Head
+from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator, make_work_directory
+from lazyreplica.layers import Arrival, Layers
+from lazyreplica.ltx.name import format_txid
+from lazyreplica.plan import plan
+from lazyreplica.prefetch import SequentialWindow
+from lazyreplica.relocate import Relocator
+from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.storage import Listing, Store, StoredFile
+
+log = logging.getLogger(__name__)
+
+_WAIT_STEP = 0.2
+
+
+class Replica:
+    """One replica URL in one process. Opening it plans the newest state; `close` ends its threads and files.
+
+    Raises whatever makes the path unreadable: `StoreError`, `EmptyReplica`, `LegacyLayout`, `ReplicaGap`,
+    `ReplicaDamaged`, `LTXError`, `ConfigError`.
+    """
+
+    def __init__(self, store: Store, options: Options) -> None:
+        """Owns `store` from here on, even when this raises."""
+        self.options = options
+        self.url = store.url
+        self._store = store
+        self._closed = False
+        self.layers = Layers(store, options.read_timeout)
+        try:
+            listed, snapshot = _open_newest(store, self.layers, options.read_timeout)
+            self._head = Head(snapshot)
+            self._cache = PageCache(options.cache_size)
+            self._follower = Follower(
+                store, self.layers, self._head, listed, self._advance, self._replace, options.read_timeout
+            )
+            relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
+            self._fetcher = Fetcher(store, self.layers, self._cache, relocator, options.read_timeout)
+            work = make_work_directory(options, snapshot, self.url)
+            self._hydrator = (
+                Hydrator(store, self.layers, self._head, self._fetcher, relocator, options, work) if work else None
+            )
+        except BaseException:
+            store.close()
+            raise
+        if self._hydrator:
+            self._hydrator.start()
+        if options.poll_interval:
+            self._follower.start(options.poll_interval)
+        log.debug("opened %s at TXID %s: %d bytes", self.url, format_txid(snapshot.txid), snapshot.size)
+
+    @property
+    def head(self) -> Snapshot:
+        """The newest snapshot."""
+        return self._head.current
+
+    @property
+    def lag(self) -> float:
+        """Seconds since the last successful poll; -1 before the first."""
+        return self._follower.lag
+
+    @property
+    def hydration_progress(self) -> float:
+        """0..100; 100.0 exactly when every page of the head is local."""
+        return self._hydrator.progress if self._hydrator else 0.0
+
+    @property
+    def hydration_file(self) -> str | None:
+        """The database file that the hydrator fills, or None when there is none."""
+        path = self._hydrator.path if self._hydrator else None
+        return None if path is None else str(path)
+
+    def begin(self, lineage: int) -> Snapshot:
+        """Pin the head for a read transaction of a connection that opened lineage number `lineage`.
+
+        After a sleep (see `Options.max_staleness`) the head is refreshed first. Raises `LineageChanged` when the path
+        holds another database history by now.
+        """
+        if self._closed:
+            raise ReplicaError(
+                f"{self.url} was opened before this process was forked (or is closed): a child process needs a "
+                "connection of its own, opened after the fork"
+            )
+        self._follower.poll_if_idle(self.options.staleness_limit)
+        snapshot = self._head.pin()
+        if snapshot.lineage.number != lineage:
+            self._head.unpin(snapshot)
+            raise LineageChanged(
+                f"{self.url} holds another database now: its history was started anew (wiped, or replaced by a "
+                f"different database) and is at TXID {format_txid(snapshot.txid)}; close this connection and open it "
+                "again to read the new one"
+            )
+        return snapshot
+
+    def share(self, snapshot: Snapshot) -> Snapshot:
+        """Pin once more what is pinned already."""
+        return self._head.pin(snapshot)
+
+    def end(self, snapshot: Snapshot) -> None:
+        """Unpin; each `begin` and `share` needs one."""
+        if self._closed:
+            return  # in a forked child the head's lock may be held by a thread that does not exist here
+        self._head.unpin(snapshot)
+        if self._hydrator:
+            self._hydrator.unpinned()
+
+    def read(self, snapshot: Snapshot, pgno: int, window: SequentialWindow) -> bytes:
+        """Page `pgno` (1 <= pgno <= commit) of a pinned snapshot, as it is stored.
+
+        Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; never returns a page it is not sure of.
+        """
+        if pgno == snapshot.lock_pgno:
+            return bytes(snapshot.page_size)
+        layer = snapshot.owner(pgno)
+        copy = self._hydrator.copy if self._hydrator else None
+        # Another lineage's copy may be there, but layer numbers are never reused: it does not have these versions.
+        page = copy.read(pgno, layer.number) if copy is not None else None
+        if page is None:
+            page = self._cache.get(pgno, layer.number)
+        if page is None:
+            page = self._fetcher.page(snapshot, layer, pgno, window.missed(pgno))
+        return page
+
+    def refresh(self) -> None:
+        """Poll now: on return the head is the newest state in the store. Raises what made that impossible."""
+        self._follower.poll(thorough=True)
+
+    def wait_for(self, txid: int, timeout: float) -> None:
+        """Return once the head has reached `txid`; raises `WaitTimeout` after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        trouble: StoreUnavailable | None = None
+        while self._head.current.txid < txid:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WaitTimeout(
+                    f"{self.url} is at TXID {format_txid(self._head.current.txid)} after {timeout:g} seconds, "
+                    f"waiting for {format_txid(txid)}"
+                ) from trouble
+            try:
+                self._follower.poll()
+            except StoreUnavailable as exc:
+                trouble = exc
+            self._head.wait_beyond(txid - 1, min(_WAIT_STEP, max(0.0, deadline - time.monotonic())))
+
+    def close(self) -> None:
+        """Stop and join the threads, remove a private local copy, drop connections. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._hydrator:
+            self._hydrator.stop()
+        self._follower.stop(JOIN_TIMEOUT)
+        self._store.close()
+
+    def abandon(self) -> None:
+        """In a forked child: the threads, the local copy and the sockets are the parent's; use none of them."""
+        self._closed = True
+        if self._hydrator:
+            self._hydrator.abandon()
+
+    def _advance(self, arrival: Arrival, after: Snapshot) -> None:
+        if self._hydrator:
+            self._hydrator.advance(arrival, after)
+        else:
+            self._head.advance(after)
+
+    def _replace(self, after: Snapshot) -> None:
+        if self._hydrator:
+            self._hydrator.replace(after)
+        else:
+            self._head.replace(after)
+
+    def _catch_up(self) -> None:
+        """For the relocator: follow, unless the user asked for a head that stays."""
+        if self.options.poll_interval:
+            self._follower.poll(thorough=True)
+
+
+def _open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:
+    for attempt in (1, 2, 3):
+        listing = store.list_all(timeout)
+        try:
+            return listing.files, stack_snapshot(layers.open_chain(_plan_newest(listing, store.url)), Lineage())
+        except (FileVanished, ReplicaGap) as exc:
+            # Compaction moves files while we look: what is wrong only for a moment is not wrong.
+            if attempt == 3:
+                raise
+            log.info("planning %s again: %s", store.url, exc)
+    raise AssertionError("unreachable")
+
+
+def _plan_newest(listing: Listing, url: str) -> tuple[StoredFile, ...]:
+    if not listing.files:
+        if "generations" in listing.strangers:
+            raise LegacyLayout(
+                f"{url} holds a Litestream 0.3 backup (a 'generations' folder), which has no LTX files: let Litestream "
+                "0.5 write a replica there, or restore the old one with `litestream restore` and publish it"
+            )
+        found = f"; found there: {', '.join(sorted(listing.strangers)[:5])}" if listing.strangers else ""
+        raise EmptyReplica(
+            f"{url} holds no LTX files{found}: check the path (it is the replica's path, as in litestream.yml), and that "
+            "Litestream 0.5 has synced at least once"
+        )
+    try:
+        return plan(listing.files)
+    except ReplicaGap as exc:
+        raise ReplicaGap(f"{url}: {exc}") from exc

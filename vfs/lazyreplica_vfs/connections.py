@@ -1,0 +1,42 @@
+"""Functions that take a connection: `connect`, `refresh`, `wait_for`."""
+
+from __future__ import annotations
+
+from urllib.parse import quote, urlencode, urlsplit
+
+import apsw
+
+from lazyreplica.config import Options
+from lazyreplica.ltx.name import format_txid, parse_txid
+from lazyreplica_vfs.file import file_of
+
+
+def connect(url: str, **options: object) -> apsw.Connection:
+    """A read-only connection to the replica at `url`. Options are those of `Options`.
+
+    Raises an `apsw.CantOpenError` that is also the specific error of `lazyreplica.errors`; `ConfigError` for an option
+    that does not exist.
+    """
+    Options().updated(options, "connect()")
+    name = urlsplit(url).path.rstrip("/").rpartition("/")[2] or "replica"
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    query = urlencode({"vfs": "litestream", "replica_url": url, **given}, quote_via=quote)
+    return apsw.Connection(f"file:{quote(name)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+
+
+def refresh(connection: apsw.Connection, schema: str = "main") -> str:
+    """Poll the replica now and return its newest TXID (16 hex digits).
+
+    The connection sees it in its next read transaction. Raises `StoreError` and its kin when the store cannot be asked.
+    """
+    replica = file_of(connection, schema).replica
+    replica.refresh()
+    return format_txid(replica.head.txid)
+
+
+def wait_for(connection: apsw.Connection, txid: int | str, timeout: float = 10.0, schema: str = "main") -> None:
+    """Wait until the replica has reached `txid` (a number, or 16 hex digits): read your writes.
+
+    The connection sees it in its next read transaction. Raises `WaitTimeout` after `timeout` seconds.
+    """
+    file_of(connection, schema).replica.wait_for(parse_txid(txid) if isinstance(txid, str) else txid, timeout)

@@ -1,0 +1,193 @@
+"""An open replica as SQLite sees it: a read-only file whose bytes change only between read transactions."""
+
+from __future__ import annotations
+
+import ctypes
+
+import apsw
+
+from lazyreplica.errors import ConfigError, LazyReplicaError
+from lazyreplica.prefetch import SequentialWindow
+from lazyreplica.registry import release
+from lazyreplica.replica import Replica
+from lazyreplica.snapshot import Snapshot
+from lazyreplica_vfs import page1
+from lazyreplica_vfs.pragmas import answer
+from lazyreplica_vfs.sqlite_errors import LOCK, PRAGMA, READ, as_sqlite
+
+FCNTL_FIND = 0x6C72
+"""A file control of our own (SQLite leaves those above 100 to VFSes): "which file object is this schema?"."""
+
+_by_connection: dict[int, list[ReplicaFile]] = {}
+"""sqlite3* -> its open replicas. SQLite's connection mutex keeps one connection's entry to one thread at a time."""
+
+found: dict[int, ReplicaFile] = {}
+"""Answers to `FCNTL_FIND`: the pointer argument is the asker's key."""
+
+
+class ReplicaFile:
+    """One attachment of a replica to a connection. Holds nothing but the snapshot that it has pinned."""
+
+    def __init__(self, replica: Replica, *, locks: bool) -> None:
+        """Takes over one `acquire` of `replica`.
+
+        `locks` is False where SQLite will never lock (``immutable=1``, ``nolock=1``): then the head is pinned now, for
+        good, because nothing would say when a read transaction ends.
+        """
+        self.replica = replica
+        head = replica.head
+        self._lineage = head.lineage.number
+        self._window = SequentialWindow(head.page_size)
+        self._connection = 0
+        self._first: tuple[Snapshot, bytes] | None = None
+        """Page 1 as shown for a snapshot: SQLite looks at it at the start of every transaction."""
+        self._pinned = None if locks else replica.begin(self._lineage)
+        self._locks = locks
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What a pragma or SQL function speaks of: the pinned snapshot in a transaction, else the head."""
+        return self._pinned or self.replica.head
+
+    # -- locking: SQLite takes SHARED when a read transaction starts, and drops it when it ends --
+
+    def xLock(self, level: int) -> None:
+        if level > apsw.SQLITE_LOCK_SHARED:
+            raise apsw.ReadOnlyError("a Litestream replica is read-only")
+        if level == apsw.SQLITE_LOCK_SHARED and self._pinned is None:
+            held = self._held_by_sibling()
+            try:
+                self._pinned = self.replica.share(held) if held else self.replica.begin(self._lineage)
+            except LazyReplicaError as exc:
+                raise as_sqlite(exc, LOCK) from exc
+
+    def xUnlock(self, level: int) -> None:
+        if level == apsw.SQLITE_LOCK_NONE and self._locks:
+            self._unpin()
+
+    def xCheckReservedLock(self) -> bool:
+        return False
+
+    def _unpin(self) -> None:
+        if self._pinned is not None:
+            snapshot, self._pinned = self._pinned, None
+            self.replica.end(snapshot)
+
+    def _held_by_sibling(self) -> Snapshot | None:
+        """What another attachment of this replica to the same connection has pinned: both must show one TXID."""
+        for file in _by_connection.get(self._connection, ()):
+            if file.replica is self.replica and file._locks and file._lineage == self._lineage and file._pinned:
+                return file._pinned
+        return None
+
+    # -- reading --
+
+    def xRead(self, amount: int, offset: int) -> bytes:
+        """`amount` bytes from `offset`; fewer at the end of the database (SQLite fills up with zeros)."""
+        snapshot = self._pinned
+        try:
+            if snapshot is not None:
+                return self._read(snapshot, amount, offset)
+            # SQLite peeks at the header without a lock when it opens a database.
+            snapshot = self.replica.begin(self._lineage)
+            try:
+                return self._read(snapshot, amount, offset)
+            finally:
+                self.replica.end(snapshot)
+        except LazyReplicaError as exc:
+            raise as_sqlite(exc, READ) from exc
+
+    def xFileSize(self) -> int:
+        """Bytes: what the last file of the chain says, whatever older files hold beyond it."""
+        return self.snapshot.size
+
+    def _read(self, snapshot: Snapshot, amount: int, offset: int) -> bytes:
+        size = snapshot.page_size
+        if amount == size and offset and offset % size == 0 and offset < snapshot.size:
+            return self.replica.read(snapshot, offset // size + 1, self._window)
+        end = min(offset + amount, snapshot.size)
+        pieces = []
+        while offset < end:
+            pgno, start = offset // size + 1, offset % size
+            length = min(size - start, end - offset)
+            page = self._page_1(snapshot) if pgno == 1 else self.replica.read(snapshot, pgno, self._window)
+            pieces.append(page[start : start + length])
+            offset += length
+        return b"".join(pieces)
+
+    def _page_1(self, snapshot: Snapshot) -> bytes:
+        if self._first is None or self._first[0] is not snapshot:
+            self._first = (snapshot, page1.shown(snapshot, self.replica.read(snapshot, 1, self._window)))
+        return self._first[1]
+
+    # -- the rest of sqlite3_io_methods --
+
+    def xFileControl(self, op: int, pointer: int) -> bool:
+        if op == apsw.SQLITE_FCNTL_PDB:
+            self._belong_to(ctypes.c_void_p.from_address(pointer).value or 0)
+            return False
+        if op == apsw.SQLITE_FCNTL_PRAGMA:
+            pragma = apsw.VFSFcntlPragma(pointer)
+            try:
+                result = answer(self.replica, self.snapshot, pragma.name, pragma.value)
+            except ConfigError as exc:
+                raise as_sqlite(exc, PRAGMA) from exc
+            if result is None:
+                return False
+            pragma.result = result
+            return True
+        if op == FCNTL_FIND:
+            found[pointer] = self
+            return True
+        return False
+
+    def _belong_to(self, connection: int) -> None:
+        self._leave_connection()
+        self._connection = connection
+        _by_connection.setdefault(connection, []).append(self)
+
+    def _leave_connection(self) -> None:
+        files = _by_connection.get(self._connection, [])
+        if self in files:
+            files.remove(self)
+            if not files:
+                _by_connection.pop(self._connection, None)
+
+    def xWrite(self, data: bytes, offset: int) -> None:  # noqa: ARG002
+        raise apsw.ReadOnlyError("a Litestream replica is read-only")
+
+    def xTruncate(self, size: int) -> None:  # noqa: ARG002
+        raise apsw.ReadOnlyError("a Litestream replica is read-only")
+
+    def xSync(self, flags: int) -> None:
+        """Nothing is ever written."""
+
+    def xSectorSize(self) -> int:
+        return 4096
+
+    def xDeviceCharacteristics(self) -> int:
+        """None. Not SQLITE_IOCAP_IMMUTABLE above all: SQLite would stop locking, and mix transactions."""
+        return 0
+
+    def xClose(self) -> None:
+        self._leave_connection()
+        self._unpin()
+        release(self.replica)
+
+
+def file_of(connection: apsw.Connection, schema: str) -> ReplicaFile:
+    """The replica that is open as `schema` of `connection`. Raises `ConfigError` if that is not a replica."""
+    key = id(connection)
+    try:
+        if connection.file_control(schema, FCNTL_FIND, key):
+            return found[key]
+    except apsw.SQLError:
+        raise ConfigError(f"the connection has no database named {schema!r}") from None
+    finally:
+        found.pop(key, None)
+    raise ConfigError(
+        f"{schema!r} of this connection is {connection.db_filename(schema)!r}, not a replica: open it as "
+        "'file:NAME?vfs=litestream'"
+    )
+
+

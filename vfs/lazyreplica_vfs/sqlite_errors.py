@@ -1,0 +1,41 @@
+"""lazyreplica's errors as SQLite's: one exception that is both, with SQLite's extended result code.
+
+APSW hands an exception raised inside a VFS method to SQLite as a result code and then to the caller as it is. A class
+derived from both families lets the caller write ``except apsw.BusyError`` or ``except lazyreplica.errors.SnapshotGone``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import apsw
+
+from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged, SnapshotGone
+
+OPEN = (apsw.CantOpenError, apsw.SQLITE_CANTOPEN)
+LOCK = (apsw.IOError, apsw.SQLITE_IOERR_LOCK)
+"""For xLock. Not BUSY: SQLite would drop the message and say "database is locked"."""
+READ = (apsw.IOError, apsw.SQLITE_IOERR_READ)
+PRAGMA = (apsw.SQLError, apsw.SQLITE_ERROR)
+
+_READ_SPECIAL: list[tuple[type[LazyReplicaError], tuple[type[apsw.Error], int]]] = [
+    (SnapshotGone, (apsw.BusyError, apsw.SQLITE_BUSY_SNAPSHOT)),
+    (LTXError, (apsw.IOError, apsw.SQLITE_IOERR_CORRUPTFS)),
+    (ReplicaDamaged, (apsw.IOError, apsw.SQLITE_IOERR_CORRUPTFS)),
+]
+
+
+def as_sqlite(exc: LazyReplicaError, kind: tuple[type[apsw.Error], int]) -> apsw.Error:
+    """The same error for SQLite. Raise it ``from`` the original."""
+    if kind is READ:
+        kind = next((special for cls, special in _READ_SPECIAL if isinstance(exc, cls)), kind)
+    base, code = kind
+    error = _married(type(exc), base)(str(exc))
+    error.result = code & 0xFF
+    error.extendedresult = code
+    return error
+
+
+@cache
+def _married(ours: type[LazyReplicaError], theirs: type[apsw.Error]) -> type[apsw.Error]:
+    return type(ours.__name__, (theirs, ours), {"__module__": ours.__module__, "__doc__": ours.__doc__})
