@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lazyreplica.errors import ConfigError
 
@@ -49,7 +50,12 @@ class Options:
     """Seconds after which a read that storage does not answer fails."""
 
     def __post_init__(self) -> None:
-        _require(self.hydrate_max is None or self.hydrate_max >= 0, "hydrate_max", self.hydrate_max, "bytes, 0 or more")
+        _require(
+            self.hydrate_max is None or self.hydrate_max >= 0,
+            "hydrate_max",
+            self.hydrate_max,
+            "bytes, 0 or more",
+        )
         _require(self.cache_size >= 0, "cache_size", self.cache_size, "bytes, 0 or more")
         _require(_is_duration(self.poll_interval), "poll_interval", self.poll_interval, "seconds, 0 or more")
         _require(
@@ -75,7 +81,8 @@ class Options:
 
     def updated(self, values: Mapping[str, object], source: str) -> Options:
         """A copy with `values` over it; texts are parsed. `source` is named in error messages."""
-        return dataclasses.replace(self, **{name: _parse(name, value, source) for name, value in values.items()})
+        parsed: dict[str, Any] = {name: _parse(name, value, source) for name, value in values.items()}
+        return dataclasses.replace(self, **parsed)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Options:
@@ -111,7 +118,7 @@ def _parse(name: str, value: object, source: str) -> object:
     if name not in OPTION_NAMES:
         raise ConfigError(f"{name!r} is not an option; options are {', '.join(OPTION_NAMES)}")
     if value is None:
-        return None
+        return getattr(Options(), name)
     if name == "hydrate":
         return _parse_bool(value, source)
     if name in ("hydrate_max", "cache_size"):

@@ -60,7 +60,9 @@ class Fetcher:
         Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`.
         """
         if layer in self._distrusted:
-            raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {self._distrusted[layer]}")
+            raise LTXError(
+                f"{layer} of {self._store.url} is damaged, its pages cannot be read: {self._distrusted[layer]}"
+            )
         kept = self._layers.kept(layer)
         if kept is not None:
             page = _page_of(kept, layer, pgno)
@@ -143,7 +145,7 @@ class Fetcher:
             raise StoreUnavailable(
                 f"page {pgno} of {layer} did not arrive within {self._timeout:g} seconds (read_timeout)"
             ) from None
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 (whatever it was, it was another reader's)
             # The reader we joined failed, perhaps for reasons of its own (its page was read ahead with another one).
             log.debug("joined read of page %d failed (%s); reading it alone", pgno, exc)
             alone = {pgno: Future[bytes]()}

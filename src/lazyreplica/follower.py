@@ -87,7 +87,12 @@ class Follower:
             try:
                 self.poll()
             except LazyReplicaError as exc:
-                log.log(logging.DEBUG if failing else logging.WARNING, "cannot follow %s: %s", self._store.url, exc)
+                log.log(
+                    logging.DEBUG if failing else logging.WARNING,
+                    "cannot follow %s: %s",
+                    self._store.url,
+                    exc,
+                )
                 failing = True
             except Exception:
                 log.exception("following %s failed unexpectedly; trying again", self._store.url)
@@ -155,7 +160,7 @@ class Follower:
             self._recorded.add(arrival.layer.file)
             self._apply(head, arrival)
             return True
-        # Asked for after the file was read: if the file that we stand on is still listed, the path was not wiped before.
+        # Asked for after the file was read: if the file that we stand on is listed, the path was not wiped before.
         self._list(arrival)
         return self._head.current.txid > head.txid
 
@@ -166,7 +171,7 @@ class Follower:
             self._replace(head.with_layer(arrival.layer, head.lineage.next_epoch()))
         else:
             self._advance(arrival, head.with_layer(arrival.layer))
-        log.debug("%s: TXID %s, %d pages", self._store.url, format_txid(arrival.layer.max_txid), self._head.current.commit)
+        log.debug("%s is at TXID %s", self._store.url, format_txid(arrival.layer.max_txid))
 
     def _list(self, arrival: Arrival | None = None) -> None:
         """Compare a listing with what we stand on, and go on from there.

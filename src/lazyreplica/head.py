@@ -77,16 +77,15 @@ class Head:
             if snapshot.lineage is not self._current.lineage or txid > self._current.txid:
                 return True
             between = [
-                layer
-                for layer in self._history
-                if layer.max_txid > snapshot.txid and layer.file.name.min_txid <= txid
+                layer for layer in self._history if layer.max_txid > snapshot.txid and layer.file.name.min_txid <= txid
             ]
         return any(layer.index.get(pgno) is not None for layer in between)
 
     def _trim(self) -> None:
         lineage = self._current.lineage
         oldest = min(
-            (snapshot.txid for snapshot in self._pins if snapshot.lineage is lineage), default=self._current.txid
+            (snapshot.txid for snapshot in self._pins if snapshot.lineage is lineage),
+            default=self._current.txid,
         )
         while self._history and self._history[0].max_txid <= oldest:
             self._history.popleft()

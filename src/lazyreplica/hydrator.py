@@ -187,9 +187,7 @@ class Hydrator:
             wanted = [
                 pgno
                 for pgno in layer.index.pgnos
-                if pgno <= snapshot.commit
-                and snapshot.pages.owner(pgno) is layer
-                and not copy.has(pgno, layer.number)
+                if pgno <= snapshot.commit and snapshot.pages.owner(pgno) is layer and not copy.has(pgno, layer.number)
             ]
             try:
                 room = not wanted or self._bring(layer, wanted, copy)
@@ -258,7 +256,7 @@ class Hydrator:
             if self._stop.is_set():
                 return False
             chunk = self._store.read(layer.file, offset, min(CHUNK, layer.file.size - offset), self._timeout)
-            complete &= copy.write(layer, [page for page in decoder.feed(chunk) if page[0] in want])
+            complete &= copy.write(layer, (page for page in decoder.feed(chunk) if page[0] in want))
         decoder.close()
         return complete
 
@@ -290,7 +288,10 @@ class Hydrator:
                 if not copy.has(pgno, layer.number):
                     source = self._relocator.find(snapshot, pgno, layer)
                     sources.setdefault(source.number, (source, []))[1].append(pgno)
-            return all([self._read_ranges(layer, source, pgnos, copy) for source, pgnos in sources.values()])
+            complete = True
+            for source, pgnos in sources.values():
+                complete &= self._read_ranges(layer, source, pgnos, copy)
+            return complete
         finally:
             self._head.unpin(pinned)
 

@@ -36,8 +36,8 @@ def plan(files: Iterable[StoredFile], txid: int | None = None) -> Chain:
     if not chain:
         first = min(file.name.min_txid for file in usable)
         raise ReplicaGap(
-            f"the replica has no snapshot: its oldest file starts at TXID {format_txid(first)}, expected one that starts "
-            "at 1; the primary writes a new snapshot with `litestream reset` or when its replica path is emptied"
+            f"the replica has no snapshot: its oldest file starts at TXID {format_txid(first)}, expected one that "
+            "starts at 1; the primary writes a new snapshot with `litestream reset` or when its replica path is emptied"
         )
     if txid is None:
         _refuse_hole(usable, chain[-1].name.max_txid)
@@ -86,6 +86,6 @@ def _refuse_hole(files: Iterable[StoredFile], reached: int) -> None:
     beyond = min((file for file in files if file.name.min_txid > reached + 1), key=lambda f: f.name, default=None)
     if beyond is not None:
         raise ReplicaGap(
-            f"transactions {format_txid(reached + 1)} to {format_txid(beyond.name.min_txid - 1)} are missing: the files "
-            f"that can be joined end at {format_txid(reached)}, the next one is {beyond}"
+            f"transactions {format_txid(reached + 1)} to {format_txid(beyond.name.min_txid - 1)} are missing: the "
+            f"files that can be joined end at {format_txid(reached)}, the next one is {beyond}"
         )

@@ -41,9 +41,7 @@ class _State:
 class Relocator:
     """Remembers which files are gone and a few states made of files that are not. Thread-safe."""
 
-    def __init__(
-        self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], None], timeout: float
-    ) -> None:
+    def __init__(self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], None], timeout: float) -> None:
         """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known."""
         self._store = store
         self._layers = layers

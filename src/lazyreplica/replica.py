@@ -223,8 +223,8 @@ def _plan_newest(listing: Listing, url: str) -> tuple[StoredFile, ...]:
             )
         found = f"; found there: {', '.join(sorted(listing.strangers)[:5])}" if listing.strangers else ""
         raise EmptyReplica(
-            f"{url} holds no LTX files{found}: check the path (it is the replica's path, as in litestream.yml), and that "
-            "Litestream 0.5 has synced at least once"
+            f"{url} holds no LTX files{found}: check the path (it is the replica's path, as in litestream.yml), and "
+            "that Litestream 0.5 has synced at least once"
         )
     try:
         return plan(listing.files)

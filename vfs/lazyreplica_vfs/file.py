@@ -189,5 +189,3 @@ def file_of(connection: apsw.Connection, schema: str) -> ReplicaFile:
         f"{schema!r} of this connection is {connection.db_filename(schema)!r}, not a replica: open it as "
         "'file:NAME?vfs=litestream'"
     )
-
-

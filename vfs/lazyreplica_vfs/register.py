@@ -38,9 +38,9 @@ def _enable_uri_names() -> None:
         apsw.shutdown()
     except apsw.MisuseError:
         log.warning(
-            "lazyreplica was imported after an APSW connection was opened, so SQLite's URI file names cannot be switched "
-            "on any more: import lazyreplica first, or pass flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI "
-            "to apsw.Connection"
+            "lazyreplica was imported after an APSW connection was opened, so SQLite's URI file names cannot be "
+            "switched on any more: import lazyreplica first, or pass "
+            "flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI to apsw.Connection"
         )
         return
     try:

@@ -1,12 +1,13 @@
 """lazyreplica's errors as SQLite's: one exception that is both, with SQLite's extended result code.
 
 APSW hands an exception raised inside a VFS method to SQLite as a result code and then to the caller as it is. A class
-derived from both families lets the caller write ``except apsw.BusyError`` or ``except lazyreplica.errors.SnapshotGone``.
+derived from both families lets the caller write ``except apsw.BusyError`` or
+``except lazyreplica.errors.SnapshotGone``.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from typing import Any, cast
 
 import apsw
 
@@ -30,12 +31,18 @@ def as_sqlite(exc: LazyReplicaError, kind: tuple[type[apsw.Error], int]) -> apsw
     if kind is READ:
         kind = next((special for cls, special in _READ_SPECIAL if isinstance(exc, cls)), kind)
     base, code = kind
-    error = _married(type(exc), base)(str(exc))
+    error: Any = _married(type(exc), base)(str(exc))  # APSW's stubs do not know the two attributes
     error.result = code & 0xFF
     error.extendedresult = code
-    return error
+    return cast("apsw.Error", error)
 
 
-@cache
+_marriages: dict[tuple[type[LazyReplicaError], type[apsw.Error]], type[apsw.Error]] = {}
+
+
 def _married(ours: type[LazyReplicaError], theirs: type[apsw.Error]) -> type[apsw.Error]:
-    return type(ours.__name__, (theirs, ours), {"__module__": ours.__module__, "__doc__": ours.__doc__})
+    married = _marriages.get((ours, theirs))
+    if married is None:
+        married = type(ours.__name__, (theirs, ours), {"__module__": ours.__module__, "__doc__": ours.__doc__})
+        _marriages[ours, theirs] = married
+    return married

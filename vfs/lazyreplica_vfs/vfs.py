@@ -19,9 +19,7 @@ from lazyreplica_vfs.sqlite_errors import OPEN, as_sqlite
 
 NAME = "litestream"
 
-_COMPANIONS = (
-    apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_SUPER_JOURNAL
-)
+_COMPANIONS = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_SUPER_JOURNAL
 """Files that SQLite keeps beside a main database. A replica has none."""
 
 
@@ -58,7 +56,10 @@ class LitestreamVFS(apsw.VFS):
 
 def _open_replica(name: str | apsw.URIFilename | None) -> ReplicaFile:
     if isinstance(name, apsw.URIFilename):
-        filename, parameters = name.filename(), {key: name.uri_parameter(key) or "" for key in name.parameters}
+        filename, parameters = (
+            name.filename(),
+            {key: name.uri_parameter(key) or "" for key in name.parameters},
+        )
     else:
         filename, parameters = name or "", {}
     _refuse_strangers(filename, parameters)
@@ -90,5 +91,3 @@ def _never_locks(parameters: Mapping[str, str]) -> bool:
         value.lower() in _TRUE or (value.isdigit() and int(value) != 0)
         for value in (parameters.get("immutable", ""), parameters.get("nolock", ""))
     )
-
-

@@ -1,7 +1,8 @@
 """Where LTX files lie: a small `Store` protocol, one module a backend.
 
-A store knows names, sizes, identities and bytes. It does not know what is inside a file, which files matter, or what
-was read before: no caching and no planning happens here. Every call has a deadline and may come from any thread.
+A store knows names, sizes, identities and bytes. It does not know what is inside a file, which files matter,
+or what was read before: no caching and no planning happens here. Every call has a deadline and may come from
+any thread.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class StoredFile:
     size: int
     """Bytes."""
     etag: str
-    """Opaque identity of the bytes: S3's ETag without quotes; for local files made of inode, mtime and size."""
+    """Opaque identity of the bytes: S3's ETag without quotes; local files' inode, mtime and size."""
     modified: float = field(compare=False)
     """Object date, seconds since the Unix epoch; a hint only (LTX headers have the real time)."""
 
@@ -60,8 +61,8 @@ class Store(Protocol):
     def list_all(self, timeout: float) -> Listing:
         """List every level, level 0 first and level 9 last.
 
-        The order matters: Litestream uploads a compacted file before it deletes what it was made of, so a file that
-        leaves level 0 while we list is seen again one level up.
+        The order matters: Litestream uploads a compacted file before it deletes what it was made of, so a
+        file that leaves level 0 while we list is seen again one level up.
         """
 
     def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
@@ -80,8 +81,11 @@ class Store(Protocol):
         """
 
     def put(self, level: int, name: FileName, source: BinaryIO, size: int, timestamp: float, timeout: float) -> None:
-        """Store `size` bytes of `source` under that name, atomically; `timestamp` (seconds) goes into the metadata
-        where Litestream looks for it. `timeout` bounds each part of a large upload."""
+        """Store the next `size` bytes of `source` (seekable) under that name, atomically.
+
+        `timestamp` (seconds) goes into the metadata where Litestream looks for it, to the millisecond.
+        `timeout` bounds each request of a large upload.
+        """
 
     def read_note(self, name: str, timeout: float) -> bytes | None:
         """A small object beside the levels (``<path>/<name>``), or None."""
@@ -93,11 +97,35 @@ class Store(Protocol):
         """Drop connections. Calls under way may fail with `StoreUnavailable`; later calls do."""
 
 
+NOTE_LIMIT = 1 << 20
+"""Bytes: no note is larger."""
+
+
 def open_store(url: str) -> Store:
     """The store for a replica URL: ``s3://bucket/path?...`` or ``file:///dir``.
 
     Raises `ConfigError` for a URL that cannot be understood. Opens no connection.
     """
-    from lazyreplica.storage.url import parse_replica_url  # noqa: F401 (filled in by the backends)
+    # The backends build on this module. S3's also loads an HTTP client, which only its users should pay for.
+    from lazyreplica.storage.url import FileURL, parse_replica_url
 
-    raise NotImplementedError
+    parsed = parse_replica_url(url)
+    if isinstance(parsed, FileURL):
+        from lazyreplica.storage.local import LocalStore
+
+        return LocalStore(parsed)
+    from lazyreplica.storage.s3 import S3Store
+
+    return S3Store(parsed)
+
+
+def check_note_name(name: str) -> str:
+    """`name`, if it can name a note: one path component that is no part of the layout. Else `ValueError`."""
+    if not name or "/" in name or name in {".", "..", "ltx"} or name in {f"{level:04x}" for level in LEVELS}:
+        raise ValueError(f"note name is {name!r}, expected a single path component outside the layout")
+    return name
+
+
+def timestamp_ms(timestamp: float) -> int:
+    """Seconds since the Unix epoch as the whole milliseconds that LTX headers and metadata hold."""
+    return round(timestamp * 1000)

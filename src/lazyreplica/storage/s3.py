@@ -1,0 +1,298 @@
+"""Replicas on S3 and its kin: ``<path>/<level as 4 hex digits>/<name>``."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+from typing import BinaryIO
+
+from lazyreplica.errors import FileVanished, StoreError
+from lazyreplica.ltx.name import FileName
+from lazyreplica.storage import (
+    LEVELS,
+    NOTE_LIMIT,
+    Listing,
+    StoredFile,
+    check_note_name,
+    timestamp_ms,
+)
+from lazyreplica.storage.credentials import CredentialSource, find_credentials
+from lazyreplica.storage.retry import Deadline, TransientError
+from lazyreplica.storage.s3_client import Body, Request, S3Client, ignore_body
+from lazyreplica.storage.s3_upload import digest, rfc3339, upload_parts
+from lazyreplica.storage.s3_xml import Entry, Page, clean_etag, parse_failure, parse_page
+from lazyreplica.storage.transport import Head, Reply, Window
+from lazyreplica.storage.url import S3URL
+
+logger = logging.getLogger("lazyreplica.storage.s3")
+
+MULTIPART_THRESHOLD = 64 << 20
+_PAGE_LIMIT = 8 << 20
+"""Bytes: a page of 1000 of the longest possible keys stays below."""
+_SKIP_LIMIT = 64 << 20
+"""Bytes: how much of a body we pass over when a server ignores Range."""
+_EMPTY_PAGES = 100
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
+_UNSATISFIED_RANGE = re.compile(r"bytes \*/(\d+)", re.ASCII)
+
+
+class S3Store:
+    """A `Store` on S3."""
+
+    def __init__(
+        self,
+        url: S3URL,
+        credentials: CredentialSource | None = None,
+        *,
+        multipart_threshold: int = MULTIPART_THRESHOLD,
+    ) -> None:
+        """Files larger than `multipart_threshold` bytes are uploaded in parts of that size or more."""
+        if url.skip_verify:
+            logger.warning("%s: skipVerify=true, TLS certificates are not checked", url)
+        self._url = url
+        self._client = S3Client(url, credentials or find_credentials(anonymous=url.anonymous))
+        self._prefix = f"{url.path}/" if url.path else ""
+        self._multipart_threshold = multipart_threshold
+
+    @property
+    def url(self) -> str:
+        return str(self._url)
+
+    def list_all(self, timeout: float) -> Listing:
+        strangers: set[str] = set()
+        levels = {f"{level:04x}": level for level in LEVELS}
+        files: list[StoredFile] = []
+
+        def visit(page: Page) -> str | None:
+            component = ""
+            for entry in page.entries:
+                component, slash, name = entry.key.removeprefix(self._prefix).partition("/")
+                if slash and component in levels:
+                    files.extend(_stored(levels[component], name, entry))
+                    component = ""
+                elif component or slash:
+                    strangers.add(component or "/")
+                    component = f"{component}/" if slash else ""
+            # The last key lies in a foreign folder, which may hold millions: go on behind it. No key of a
+            # level can lie between "x/..." and "x0", '0' being the character after '/'.
+            return f"{self._prefix}{component[:-1]}0" if component else None
+
+        self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
+        files.sort(key=lambda file: (file.level, file.name))
+        return Listing(tuple(files), frozenset(strangers))
+
+    def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
+        prefix = f"{self._prefix}{level:04x}/"
+        files: list[StoredFile] = []
+
+        def visit(page: Page) -> None:
+            for entry in page.entries:
+                files.extend(_stored(level, entry.key.removeprefix(prefix), entry))
+
+        start = f"{prefix}{after}" if after else None
+        self._list(prefix, start, f"listing level {level}", timeout, visit)
+        # A server that does not know start-after sends everything.
+        return sorted((f for f in files if after is None or f.name > after), key=lambda file: file.name)
+
+    def _list(
+        self, prefix: str, start: str | None, what: str, timeout: float, visit: Callable[[Page], str | None]
+    ) -> None:
+        """Visit every page; `visit` may name a key to go on behind."""
+        deadline = Deadline.after(timeout)
+        token: str | None = None
+        empty = 0
+        ends: set[str] = set()  # SeaweedFS sorts by path component, so "the next key is greater" is no test
+        while True:
+            page = self._list_page(prefix, start, token, what, deadline)
+            jump = visit(page)
+            if page.next_token is None:
+                return
+            last = page.entries[-1].key if page.entries else None
+            empty = 0 if last else empty + 1
+            if page.next_token == token or empty > _EMPTY_PAGES or last in ends:
+                raise StoreError(f"{self._url}: {what}: the listing goes in circles at {last!r}; server bug?")
+            if last:
+                ends.add(last)
+            token, start = (page.next_token, None) if jump is None else (None, jump)
+
+    def _list_page(self, prefix: str, start: str | None, token: str | None, what: str, deadline: Deadline) -> Page:
+        query = [("list-type", "2"), ("encoding-type", "url"), ("prefix", prefix)]
+        if token is not None:
+            query.append(("continuation-token", token))
+        elif start is not None:
+            query.append(("start-after", start))
+        request = Request("GET", None, what, query)
+
+        def accept(reply: Reply) -> Page:
+            if reply.head.status != 200:
+                raise self._client.refusal(reply, request)
+            if not reply.complete:
+                raise StoreError(f"{self._url}: {what}: a page is larger than {_PAGE_LIMIT} bytes; is this S3?")
+            return parse_page(reply.body, prefix)
+
+        return self._client.call(request, deadline, accept, lambda _: Window(0, _PAGE_LIMIT))
+
+    def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
+        if offset < 0 or length < 0 or offset + length > file.size:
+            raise ValueError(f"bytes {offset}..{offset + length} of {file}, which has {file.size}")
+        if length == 0:
+            return b""
+        wanted = {"range": f"bytes={offset}-{offset + length - 1}"}
+        request = Request("GET", self._key(file.level, file.name), f"reading {file}", headers=wanted)
+
+        def window(head: Head) -> Window:
+            if _is_partial(head):
+                return Window(0, length)
+            # The server ignores Range: take the slice out of the whole, if that is not absurdly much.
+            size = _declared_size(head)
+            if size is None or offset + length > _SKIP_LIMIT:
+                raise StoreError(f"{self._url}: reading {file}: the server ignores Range; use one that does not")
+            self._check_identity(file, head, size)
+            return Window(offset, length)
+
+        def accept(reply: Reply) -> bytes:
+            head = reply.head
+            if head.status == 416 or _is_missing(reply):
+                raise FileVanished(f"{self._url}: {file} is gone or shorter than listed (HTTP {head.status})")
+            if head.status not in {200, 206}:
+                raise self._client.refusal(reply, request)
+            if _is_partial(head):
+                self._check_identity(file, head, self._total(head, request, offset))
+            if len(reply.body) != length:
+                raise TransientError(f"the body ended after {len(reply.body)} of {length} bytes")
+            return reply.body
+
+        return self._client.call(request, Deadline.after(timeout), accept, window)
+
+    def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
+        if limit < 1:
+            raise ValueError(f"limit is {limit}, expected at least 1 byte")
+        wanted = {"range": f"bytes=0-{limit - 1}"}
+        request = Request("GET", self._key(level, name), f"getting level {level} file {name}", headers=wanted)
+
+        def accept(reply: Reply) -> tuple[StoredFile, bytes] | None:
+            head = reply.head
+            if _is_missing(reply):
+                return None
+            if _is_partial(head):
+                size = self._total(head, request, 0)
+            elif head.status == 200:
+                declared = _declared_size(head)
+                if declared is None and not reply.complete:
+                    raise StoreError(f"{self._url}: {request.what}: the reply does not tell the size; is this S3?")
+                size = len(reply.body) if declared is None else declared
+            elif head.status == 416 and _unsatisfied_size(head) == 0:
+                size = 0  # no byte 0: the file is empty
+                return StoredFile(level, name, size, _etag(head), _date(head)), b""
+            else:
+                raise self._client.refusal(reply, request)
+            if len(reply.body) != min(limit, size):
+                raise TransientError(f"the body ended after {len(reply.body)} of {min(limit, size)} bytes")
+            return StoredFile(level, name, size, _etag(head), _date(head)), reply.body
+
+        return self._client.call(request, Deadline.after(timeout), accept, lambda _: Window(0, limit))
+
+    def put(self, level: int, name: FileName, source: BinaryIO, size: int, timestamp: float, timeout: float) -> None:
+        """See `Store.put`; `source` must be seekable, and is read twice: its digest is signed."""
+        key, what = self._key(level, name), f"writing level {level} file {name}"
+        metadata = {"x-amz-meta-litestream-timestamp": rfc3339(timestamp_ms(timestamp))}
+        start = source.tell()
+        if size > self._multipart_threshold:
+            begin = Request("POST", key, what, [("uploads", "")], metadata)
+            upload_parts(self._client, begin, source, size, part_size=self._multipart_threshold, timeout=timeout)
+            return
+        body = Body(source, start, size, digest(source, start, size))
+        self._put(Request("PUT", key, what, headers=metadata, body=body), timeout)
+
+    def _put(self, request: Request, timeout: float) -> None:
+        def accept(reply: Reply) -> None:
+            if reply.head.status != 200:
+                raise self._client.refusal(reply, request)
+
+        self._client.call(request, Deadline.after(timeout), accept, ignore_body)
+
+    def read_note(self, name: str, timeout: float) -> bytes | None:
+        request = Request("GET", self._prefix + check_note_name(name), f"reading note {name}")
+
+        def accept(reply: Reply) -> bytes | None:
+            if _is_missing(reply):
+                return None
+            if reply.head.status != 200:
+                raise self._client.refusal(reply, request)
+            if not reply.complete:
+                raise StoreError(f"{self._url}: note {name} is larger than {NOTE_LIMIT} bytes; it is not ours")
+            return reply.body
+
+        return self._client.call(request, Deadline.after(timeout), accept, lambda _: Window(0, NOTE_LIMIT))
+
+    def write_note(self, name: str, data: bytes, timeout: float) -> None:
+        source = io.BytesIO(data)
+        body = Body(source, 0, len(data), hashlib.sha256(data).hexdigest())
+        self._put(Request("PUT", self._prefix + check_note_name(name), f"writing note {name}", body=body), timeout)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _key(self, level: int, name: FileName) -> str:
+        return f"{self._prefix}{level:04x}/{name}"
+
+    def _total(self, head: Head, request: Request, first: int) -> int:
+        """The file's size, out of the Content-Range of a reply that begins at `first`."""
+        match = _CONTENT_RANGE.fullmatch(text := head.headers.get("content-range", ""))
+        if match is None or int(match[1]) != first:
+            raise StoreError(
+                f"{self._url}: {request.what}: Content-Range is {text[:80]!r}, expected 'bytes {first}-LAST/SIZE'"
+            )
+        return int(match[2])
+
+    def _check_identity(self, file: StoredFile, head: Head, size: int | None) -> None:
+        etag = _etag(head)
+        if etag != file.etag and not etag:
+            raise StoreError(f"{self._url}: reading {file}: no ETag in the reply; the server is unfit")
+        if etag != file.etag or size != file.size:
+            raise FileVanished(
+                f"{self._url}: {file} changed since it was listed: ETag {etag!r}, {size} bytes; "
+                f"listed were {file.etag!r}, {file.size}"
+            )
+
+
+def _stored(level: int, name: str, entry: Entry) -> list[StoredFile]:
+    """The file behind a key, or nothing for a name that is none."""
+    parsed = FileName.parse(name)
+    return [StoredFile(level, parsed, entry.size, entry.etag, entry.modified)] if parsed else []
+
+
+def _is_missing(reply: Reply) -> bool:
+    return reply.head.status == 404 and parse_failure(reply.body).code != "NoSuchBucket"
+
+
+def _is_partial(head: Head) -> bool:
+    # rclone answers ranges with 200 and Content-Range.
+    return head.status == 206 or (head.status == 200 and "content-range" in head.headers)
+
+
+def _etag(head: Head) -> str:
+    return clean_etag(head.headers.get("etag", ""))
+
+
+def _declared_size(head: Head) -> int | None:
+    text = head.headers.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _unsatisfied_size(head: Head) -> int | None:
+    # Not every server sends Content-Range with a 416, but only an empty file lacks byte 0.
+    text = head.headers.get("content-range")
+    match = _UNSATISFIED_RANGE.fullmatch(text) if text is not None else None
+    return 0 if text is None else int(match[1]) if match else None
+
+
+def _date(head: Head) -> float:
+    try:
+        return parsedate_to_datetime(head.headers.get("last-modified", "")).timestamp()
+    except ValueError:
+        return 0.0
