@@ -114,13 +114,16 @@ class Follower:
             finally:
                 self._tried_at = now()
 
-    def poll_if_idle(self, limit: float) -> None:
-        """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged."""
+    def poll_if_idle(self, limit: float) -> bool:
+        """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged.
+
+        Returns whether it polled.
+        """
         if self.idle <= limit:
-            return
+            return False
         with self._lock:
             if self.idle <= limit:
-                return
+                return False
             try:
                 self._poll(thorough=True)
                 self._polled_at = now()
@@ -128,6 +131,7 @@ class Follower:
                 log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.lag, exc)
             finally:
                 self._tried_at = now()
+        return True
 
     def _poll(self, thorough: bool) -> None:
         for _ in range(_PROBES):

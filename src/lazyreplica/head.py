@@ -12,9 +12,11 @@ from lazyreplica.snapshot import Snapshot
 class Head:
     """Owner of the current snapshot. A reader pins it, and what it pinned stays readable until it unpins."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, *, fixed: bool = False) -> None:
+        """`fixed`: readers go on seeing `snapshot`, whatever becomes current, until `show_current`."""
         self._current = snapshot
-        self._pins: dict[Snapshot, int] = {}
+        self._shown = snapshot if fixed else None
+        self._pins: dict[Snapshot, int] = {snapshot: 1} if fixed else {}
         self._history: deque[Layer] = deque()
         """Layers applied in the current lineage since the oldest pinned snapshot of it, without a hole."""
         self._changed = threading.Condition()
@@ -23,22 +25,43 @@ class Head:
     def current(self) -> Snapshot:
         return self._current
 
-    def pin(self, snapshot: Snapshot | None = None) -> Snapshot:
-        """Pin the current snapshot, or once more one that is pinned already. Each pin needs its `unpin`."""
+    @property
+    def visible(self) -> Snapshot:
+        """What a reader that starts now sees: the current snapshot, or the fixed one."""
+        return self._shown or self._current
+
+    def show_current(self) -> None:
+        """Where the view is fixed, fix it to the current snapshot."""
         with self._changed:
-            if snapshot is None:
-                snapshot = self._current
-            self._pins[snapshot] = self._pins.get(snapshot, 0) + 1
-        return snapshot
+            if self._shown is not None:
+                before, self._shown = self._shown, self._pin(self._current)
+                self._unpin(before)
+
+    def pin(self, snapshot: Snapshot | None = None) -> Snapshot:
+        """Pin what is visible, or once more what is pinned already. Each pin needs its `unpin`."""
+        with self._changed:
+            return self._pin(snapshot or self.visible)
+
+    def pin_current(self) -> Snapshot:
+        """Pin the current snapshot."""
+        with self._changed:
+            return self._pin(self._current)
 
     def unpin(self, snapshot: Snapshot) -> None:
         with self._changed:
-            count = self._pins[snapshot] - 1
-            if count:
-                self._pins[snapshot] = count
-            else:
-                del self._pins[snapshot]
-                self._trim()
+            self._unpin(snapshot)
+
+    def _pin(self, snapshot: Snapshot) -> Snapshot:
+        self._pins[snapshot] = self._pins.get(snapshot, 0) + 1
+        return snapshot
+
+    def _unpin(self, snapshot: Snapshot) -> None:
+        count = self._pins[snapshot] - 1
+        if count:
+            self._pins[snapshot] = count
+        else:
+            del self._pins[snapshot]
+            self._trim()
 
     def floor(self) -> Snapshot:
         """The oldest snapshot of this history that anybody may still read: pinned, or current."""
@@ -71,10 +94,14 @@ class Head:
     def changed_since(self, snapshot: Snapshot, pgno: int, txid: int) -> bool:
         """Whether page `pgno` may differ between pinned `snapshot` and the later state at `txid`.
 
-        True as well when the layers between are not known: `txid` lies beyond the head, or the lineage is another.
+        True as well when the layers between are not all known: `txid` lies beyond the head, the lineage is another, or
+        the snapshot was not pinned all the time.
         """
         with self._changed:
             if snapshot.lineage is not self._current.lineage or txid > self._current.txid:
+                return True
+            known_from = self._history[0].file.name.min_txid if self._history else self._current.txid + 1
+            if known_from > snapshot.txid + 1:
                 return True
             between = [
                 layer for layer in self._history if layer.max_txid > snapshot.txid and layer.file.name.min_txid <= txid

@@ -177,6 +177,9 @@ class Hydrator:
             except LazyReplicaError as exc:
                 log.error("hydration of %s stops, reads go on from the store: %s", self._store.url, exc)
                 return
+            except Exception:
+                log.exception("hydration of %s failed unexpectedly, reads go on from the store", self._store.url)
+                return
             self._wake.wait()
 
     def _fill(self, snapshot: Snapshot, copy: LocalCopy) -> None:
@@ -279,7 +282,7 @@ class Hydrator:
 
         False when `snapshot` is no longer the head: only of what was pinned as the head are all successors known.
         """
-        pinned = self._head.pin()
+        pinned = self._head.pin_current()
         try:
             if pinned is not snapshot:
                 return False

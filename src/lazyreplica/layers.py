@@ -6,6 +6,7 @@ compaction, and were verified by the file's own checksum.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -66,11 +67,12 @@ class Layers:
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
-        if len(files) == 1:
-            layers = [self.open(files[0])]
-        else:
-            with ThreadPoolExecutor(min(_PARALLEL, len(files)), thread_name_prefix="lazyreplica-open") as pool:
-                layers = list(pool.map(self.open, files))
+        layers: list[Layer] = []
+        if len(files) > 1:
+            workers = ThreadPoolExecutor(min(_PARALLEL, len(files)), thread_name_prefix="lazyreplica-open")
+            with contextlib.suppress(RuntimeError), workers:  # no new threads at interpreter exit: go on without
+                layers = list(workers.map(self.open, files))
+        layers = layers or [self.open(file) for file in files]
         for layer in layers[1:]:
             check_page_size(layers[0], layer)
         return layers

@@ -182,7 +182,9 @@ class LocalCopy:
                 self.present -= 1
         while len(self._slots) > floor.commit and not self._slots[-1]:
             self._slots.pop()
-        os.ftruncate(self._fd, max(len(self._slots), floor.commit) * self._page_size)
+        size = max(len(self._slots), floor.commit) * self._page_size
+        if os.fstat(self._fd).st_size != size:
+            os.ftruncate(self._fd, size)
 
     def _reach(self, pgno: int) -> None:
         if pgno > len(self._slots):

@@ -54,7 +54,7 @@ class Replica:
         self.layers = Layers(store, options.read_timeout)
         try:
             listed, snapshot = _open_newest(store, self.layers, options.read_timeout)
-            self._head = Head(snapshot)
+            self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
                 store, self.layers, self._head, listed, self._advance, self._replace, options.read_timeout
@@ -76,8 +76,8 @@ class Replica:
 
     @property
     def head(self) -> Snapshot:
-        """The newest snapshot."""
-        return self._head.current
+        """What a transaction that starts now would see: the newest snapshot, or the fixed one."""
+        return self._head.visible
 
     @property
     def lag(self) -> float:
@@ -106,7 +106,8 @@ class Replica:
                 f"{self.url} was opened before this process was forked (or is closed): a child process needs a "
                 "connection of its own, opened after the fork"
             )
-        self._follower.poll_if_idle(self.options.staleness_limit)
+        if self._follower.poll_if_idle(self.options.staleness_limit):
+            self._head.show_current()
         snapshot = self._head.pin()
         if snapshot.lineage.number != lineage:
             self._head.unpin(snapshot)
@@ -149,6 +150,7 @@ class Replica:
     def refresh(self) -> None:
         """Poll now: on return the head is the newest state in the store. Raises what made that impossible."""
         self._follower.poll(thorough=True)
+        self._head.show_current()
 
     def wait_for(self, txid: int, timeout: float) -> None:
         """Return once the head has reached `txid`; raises `WaitTimeout` after `timeout` seconds."""
@@ -166,6 +168,7 @@ class Replica:
             except StoreUnavailable as exc:
                 trouble = exc
             self._head.wait_beyond(txid - 1, min(_WAIT_STEP, max(0.0, deadline - time.monotonic())))
+        self._head.show_current()
 
     def close(self) -> None:
         """Stop and join the threads, remove a private local copy, drop connections. Idempotent."""
@@ -196,9 +199,8 @@ class Replica:
             self._head.replace(after)
 
     def _catch_up(self) -> None:
-        """For the relocator: follow, unless the user asked for a head that stays."""
-        if self.options.poll_interval:
-            self._follower.poll(thorough=True)
+        """For the relocator: know every layer up to the newest."""
+        self._follower.poll(thorough=True)
 
 
 def _open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:

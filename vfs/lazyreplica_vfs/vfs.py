@@ -19,6 +19,9 @@ from lazyreplica_vfs.sqlite_errors import OPEN, as_sqlite
 
 NAME = "litestream"
 
+BASE = "unix"
+"""The system's own VFS, by name: the default one could be anything, this one included."""
+
 _COMPANIONS = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_SUPER_JOURNAL
 """Files that SQLite keeps beside a main database. A replica has none."""
 
@@ -27,14 +30,14 @@ class LitestreamVFS(apsw.VFS):
     """Registered as ``litestream``. Inherits only what has no file name in it (randomness, time, sleep)."""
 
     def __init__(self) -> None:
-        super().__init__(NAME, base="")
+        super().__init__(NAME, base=BASE)
 
     def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> apsw.VFSFile:
         asked = flags[0]
         if asked & _COMPANIONS:
             raise apsw.CantOpenError(f"a replica has no journal or WAL: {name}")
         if not asked & apsw.SQLITE_OPEN_MAIN_DB:
-            return apsw.VFSFile("", name, flags)  # temporary files: sorts, TEMP tables, statement journals
+            return apsw.VFSFile(BASE, name, flags)  # temporary files: sorts, TEMP tables, statement journals
         try:
             file = _open_replica(name)
         except LazyReplicaError as exc:
