@@ -56,14 +56,15 @@ class Follower:
         self._recorded = set(listed)
         """Files known to belong to the current lineage, as the last listing showed them, and those found since."""
         self._misses = 0
-        self._listed_at = self._polled_at = self._tried_at = now()
+        self._listed_at = self._tried_at = now()
+        self._polled_at: float | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def lag(self) -> float:
-        """Seconds since the store last answered what the newest transaction is."""
-        return now() - self._polled_at
+        """Seconds since the last successful poll; -1 before the first, as the peer has it."""
+        return -1.0 if self._polled_at is None else now() - self._polled_at
 
     @property
     def idle(self) -> float:
@@ -128,7 +129,7 @@ class Follower:
                 self._poll(thorough=True)
                 self._polled_at = now()
             except LazyReplicaError as exc:
-                log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.lag, exc)
+                log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
             finally:
                 self._tried_at = now()
         return True

@@ -96,9 +96,7 @@ class S3Server:
 
     def url(self, bucket: str, path: str = "", *, endpoint: str | None = None) -> str:
         """A replica URL, the one that Litestream takes as well; ``endpoint`` overrides for a proxy in between."""
-        query = urlencode(
-            {"endpoint": endpoint or self.endpoint, "region": self.region, "forcePathStyle": "true"}
-        )
+        query = urlencode({"endpoint": endpoint or self.endpoint, "region": self.region, "forcePathStyle": "true"})
         key = quote(path.strip("/"))
         return f"s3://{bucket}{'/' + key if key else ''}?{query}"
 

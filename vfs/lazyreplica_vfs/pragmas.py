@@ -20,7 +20,7 @@ def format_time(snapshot: Snapshot) -> str:
 _ANSWERS: dict[str, Callable[[Replica, Snapshot], str]] = {
     "litestream_txid": lambda _, snapshot: format_txid(snapshot.txid),
     "litestream_time": lambda _, snapshot: format_time(snapshot),
-    "litestream_lag": lambda replica, _: f"{replica.lag:.3f}",
+    "litestream_lag": lambda replica, _: f"{replica.lag:.3f}" if replica.lag >= 0 else "-1",
     "litestream_hydration_progress": lambda replica, _: f"{replica.hydration_progress:.1f}",
     "litestream_hydration_file": lambda replica, _: replica.hydration_file or "",
 }
