@@ -76,9 +76,12 @@ class Follower:
         self._thread = threading.Thread(target=self._run, args=(interval,), name="lazyreplica-follower", daemon=True)
         self._thread.start()
 
-    def stop(self, timeout: float) -> None:
-        """End the thread; wait at most `timeout` seconds for a request that is under way."""
+    def stop(self) -> None:
+        """Ask the thread to end. A request under way is ended by closing the store."""
         self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        """After `stop`: wait for the thread, at most `timeout` seconds."""
         if self._thread is not None:
             self._thread.join(timeout)
 
@@ -88,6 +91,8 @@ class Follower:
             try:
                 self.poll()
             except LazyReplicaError as exc:
+                if self._stop.is_set():
+                    return
                 log.log(
                     logging.DEBUG if failing else logging.WARNING,
                     "cannot follow %s: %s",

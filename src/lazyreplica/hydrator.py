@@ -39,7 +39,7 @@ _RETRY = 5.0
 
 
 class Hydrator:
-    """Owner of the local copy and its directory. `start` begins, `stop` ends and removes everything."""
+    """Owner of the local copy and its directory. `start` begins; `stop` and `close` end and remove everything."""
 
     def __init__(
         self,
@@ -97,11 +97,15 @@ class Hydrator:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread (within one request's deadline) and remove the local copy."""
+        """Ask the thread to end. A request under way is ended by closing the store."""
         self._stop.set()
         self._wake.set()
+
+    def close(self) -> None:
+        """After `stop`: join the thread and remove the local copy."""
+        self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join(JOIN_TIMEOUT)  # a request under way has a deadline; the thread ends with it
+            self._thread.join(JOIN_TIMEOUT)
         self._copy = None
         self._work.remove()
 
@@ -171,6 +175,8 @@ class Hydrator:
                 self._give_up(exc)
                 return
             except (StoreError, SnapshotGone) as exc:
+                if self._stop.is_set():
+                    return
                 log.warning("hydration of %s pauses: %s", self._store.url, exc)
                 self._stop.wait(_RETRY)
                 continue

@@ -175,10 +175,13 @@ class Replica:
         if self._closed:
             return
         self._closed = True
+        self._follower.stop()
         if self._hydrator:
             self._hydrator.stop()
-        self._follower.stop(JOIN_TIMEOUT)
-        self._store.close()
+        self._store.close()  # wakes whoever waits for the network, so that the joins below are short
+        self._follower.join(JOIN_TIMEOUT)
+        if self._hydrator:
+            self._hydrator.close()
 
     def abandon(self) -> None:
         """In a forked child: the threads, the local copy and the sockets are the parent's; use none of them."""

@@ -145,7 +145,7 @@ class S3Store:
         request = Request("GET", self._key(file.level, file.name), f"reading {file}", headers=wanted)
 
         def window(head: Head) -> Window:
-            if _is_partial(head):
+            if head.status != 200 or _is_partial(head):
                 return Window(0, length)
             # The server ignores Range: take the slice out of the whole, if that is not absurdly much.
             size = _declared_size(head)
