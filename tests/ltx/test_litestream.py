@@ -103,9 +103,7 @@ def test_files_of_the_real_writer(litestream: Path, tmp_path: Path, page_size: i
                 connection.execute("DELETE FROM t WHERE id % 7 = ?", (chance.randrange(7),))
                 connection.commit()
                 time.sleep(0.4)
-            wait_for(
-                lambda: all(level(replica, number) for number in (0, 1, 2)) and len(level(replica, 9)) >= 2
-            )
+            wait_for(lambda: all(level(replica, number) for number in (0, 1, 2)) and len(level(replica, 9)) >= 2)
     restored = restore(litestream, replica, tmp_path / "out.db")
     files = sorted((replica / "ltx").glob("*/*.ltx"))
     assert len(files) > 8
@@ -123,9 +121,7 @@ def test_files_of_the_real_writer(litestream: Path, tmp_path: Path, page_size: i
         assert again.index.pgnos == file.index.pgnos
     assert apply(level(replica, 0)) == restored
     snapshot = level(replica, 9)[-1]
-    assert (
-        apply([snapshot, *(f for f in level(replica, 0) if f.name[:16] > snapshot.name[17:33])]) == restored
-    )
+    assert apply([snapshot, *(f for f in level(replica, 0) if f.name[:16] > snapshot.name[17:33])]) == restored
 
 
 def database_pages(page_size: int, rows: int) -> dict[int, bytes]:
@@ -136,9 +132,7 @@ def database_pages(page_size: int, rows: int) -> dict[int, bytes]:
         connection.executemany("INSERT INTO t (body) VALUES (?)", [(body,)] * rows)
         connection.commit()
         image = connection.serialize()
-    return {
-        start // page_size + 1: image[start : start + page_size] for start in range(0, len(image), page_size)
-    }
+    return {start // page_size + 1: image[start : start + page_size] for start in range(0, len(image), page_size)}
 
 
 def write(replica: Path, number: int, data: bytes) -> None:
@@ -149,9 +143,7 @@ def write(replica: Path, number: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("page_size", [512, 1024, 4096, 32768, 65536])
 @pytest.mark.parametrize("compression", Compression)
-def test_snapshot_of_ours_restores(
-    litestream: Path, tmp_path: Path, page_size: int, compression: Compression
-) -> None:
+def test_snapshot_of_ours_restores(litestream: Path, tmp_path: Path, page_size: int, compression: Compression) -> None:
     pages = database_pages(page_size, 200)
     header = Header(FLAG_NO_CHECKSUM, page_size, len(pages), 1, 1, 0)
     write(tmp_path, 9, encode_file(header, pages.items(), compression))

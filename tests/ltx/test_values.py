@@ -211,9 +211,7 @@ def test_index_round_trip(sizes: dict[int, int], numbered: bool) -> None:
     lock = lock_pgno(4096)
     sizes.pop(lock, None)
     pgnos = range(lock - 2, lock - 2 + len(sizes)) if numbered else sorted(sizes)
-    sizes = {
-        pgno + (numbered and pgno >= lock): size for pgno, size in zip(pgnos, sizes.values(), strict=True)
-    }
+    sizes = {pgno + (numbered and pgno >= lock): size for pgno, size in zip(pgnos, sizes.values(), strict=True)}
     encoded, file_size = region(sizes)
     start, length = locate_index(encoded + bytes(16), file_size)
     assert (start, length) == (file_size - 16 - len(encoded), len(encoded))
