@@ -92,7 +92,7 @@ class Head:
             self._changed.wait_for(lambda: self._current.txid > txid, timeout)
 
     def changed_since(self, snapshot: Snapshot, pgno: int, txid: int) -> bool:
-        """Whether page `pgno` may differ between pinned `snapshot` and the later state at `txid`.
+        """Whether page `pgno` may have been changed or cut off between pinned `snapshot` and the later state at `txid`.
 
         True as well when the layers between are not all known: `txid` lies beyond the head, the lineage is another, or
         the snapshot was not pinned all the time.
@@ -106,7 +106,8 @@ class Head:
             between = [
                 layer for layer in self._history if layer.max_txid > snapshot.txid and layer.file.name.min_txid <= txid
             ]
-        return any(layer.index.get(pgno) is not None for layer in between)
+        # A page that a layer cuts off is in no index, and the compacted files of later states have dropped it.
+        return any(layer.header.commit < pgno or layer.index.get(pgno) is not None for layer in between)
 
     def _trim(self) -> None:
         lineage = self._current.lineage

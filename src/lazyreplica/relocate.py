@@ -4,7 +4,9 @@ A version does not change when its place does. For a snapshot pinned at TXID T, 
 another state at TXID M, made of files that exist now, holds the same bytes for p if
 
 - M <= T and p's version was written at or before M (the snapshot itself says when: its owner's MaxTXID), or
-- M > T and none of the layers T+1..M that we have seen contains p.
+- M > T and none of the layers T+1..M that we have seen contains p or cuts it off;
+
+and if p lies within the database at M: what older files hold beyond that is no part of the state.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class _State:
 
     lineage: Lineage
     txid: int
+    commit: int
     pages: PageMap
 
 
@@ -80,7 +83,7 @@ class Relocator:
     def _look_up(self, snapshot: Snapshot, pgno: int) -> Layer | None:
         written = snapshot.owner(pgno).max_txid
         for state in self._states:
-            if state.lineage is not snapshot.lineage:
+            if state.lineage is not snapshot.lineage or pgno > state.commit:
                 continue
             if state.txid <= snapshot.txid:
                 same = written <= state.txid
@@ -104,8 +107,9 @@ class Relocator:
                 return  # the listing shows another history: nothing in it can stand in
             try:
                 for chain in _candidates(files, snapshot.txid):
-                    txid = chain[-1].name.max_txid
-                    self._states.insert(0, _State(lineage, txid, stack(self._layers.open_chain(chain))))
+                    opened = self._layers.open_chain(chain)
+                    last = opened[-1]
+                    self._states.insert(0, _State(lineage, last.max_txid, last.header.commit, stack(opened)))
             except FileVanished as exc:
                 log.info("files vanished while planning again, attempt %d: %s", attempt + 1, exc)
                 continue
