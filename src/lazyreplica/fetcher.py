@@ -118,17 +118,7 @@ class Fetcher:
         return page
 
     def _fly(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        try:
-            if self._relocator.is_gone(layer):
-                pages = [(pgno, self._elsewhere(snapshot, layer, pgno))]
-            else:
-                pages = self._read_run(layer, pgno, max(flights))
-        except FileVanished as exc:
-            log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
-            pages = [(pgno, self._elsewhere(snapshot, layer, pgno))]
-        except LTXError as exc:
-            log.warning("%s gave damaged bytes (%s); fetching page %d again", layer, exc, pgno)
-            pages = self._again(layer, pgno)
+        pages = self._obtain(snapshot, layer, pgno, max(flights))
         for number, data in pages:
             self._cache.put(number, layer.number, data)
             if number in flights:
@@ -163,7 +153,20 @@ class Fetcher:
         size = layer.header.page_size
         return [(p, decode_frame(data[at - base : at - base + n], p, size)) for p, at, n in entries]
 
-    def _again(self, layer: Layer, pgno: int) -> list[Page]:
+    def _obtain(self, snapshot: Snapshot, layer: Layer, pgno: int, last: int) -> list[Page]:
+        """Page `pgno` first, and up to `last` those that came along; from other files if this one has vanished."""
+        try:
+            if not self._relocator.is_gone(layer):
+                return self._read_twice(layer, pgno, last)
+        except FileVanished as exc:
+            log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
+        return [(pgno, self._elsewhere(snapshot, layer, pgno))]
+
+    def _read_twice(self, layer: Layer, pgno: int, last: int) -> list[Page]:
+        try:
+            return self._read_run(layer, pgno, last)
+        except LTXError as exc:
+            log.warning("%s gave damaged bytes (%s); fetching page %d again", layer, exc, pgno)
         try:
             return self._read_run(layer, pgno, pgno)
         except LTXError as exc:
