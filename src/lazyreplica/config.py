@@ -108,7 +108,7 @@ def _require(good: bool, name: str, value: object, expected: str) -> None:
 
 
 _SIZE = re.compile(r"(\d+)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
-_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|m|h)?")
+_DURATION = re.compile(r"((?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _TRUE = {"1", "t", "true", "yes", "on"}
 _FALSE = {"0", "f", "false", "no", "off"}
@@ -154,7 +154,7 @@ def _parse_seconds(value: object, source: str) -> float:
     match = _DURATION.fullmatch(str(value).strip())
     if match is None:
         raise ConfigError(f"{source} is {value!r}, expected seconds such as 0.5, or a duration such as 500ms or 2s")
-    return float(match[1]) * _SECONDS[match[2]]
+    return float(match[1]) * _SECONDS[match[2] and match[2].lower()]
 
 
 _configured: dict[str, tuple[str, Options]] = {}

@@ -9,7 +9,6 @@ import logging
 import threading
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from weakref import WeakKeyDictionary
 
 from lazyreplica.cache import PageCache
 from lazyreplica.errors import FileVanished, LTXError, ReplicaDamaged, StoreUnavailable
@@ -39,7 +38,6 @@ class Fetcher:
         self._lock = threading.Lock()
         self._flights: dict[tuple[int, int], Future[bytes]] = {}
         self._demand = 0
-        self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
 
     @property
     def busy(self) -> bool:
@@ -47,11 +45,8 @@ class Fetcher:
         return self._demand > 0
 
     def distrust(self, layer: Layer, reason: str) -> None:
-        """The layer's file fails its checksum: serve no page of it from now on.
-
-        A single page cannot be told from a damaged one (an LZ4 block carries no checksum), so all of them are refused.
-        """
-        self._distrusted[layer] = reason
+        """Serve no page of `layer` any more, from memory neither."""
+        self._layers.distrust(layer, reason)
         self._cache.drop_version(layer.number)
 
     def page(self, snapshot: Snapshot, layer: Layer, pgno: int, window: int) -> bytes:
@@ -59,10 +54,9 @@ class Fetcher:
 
         Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`.
         """
-        if layer in self._distrusted:
-            raise LTXError(
-                f"{layer} of {self._store.url} is damaged, its pages cannot be read: {self._distrusted[layer]}"
-            )
+        reason = self._layers.distrusted(layer)
+        if reason is not None:
+            raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {reason}")
         kept = self._layers.kept(layer)
         if kept is not None:
             page = _page_of(kept, layer, pgno)
@@ -178,7 +172,7 @@ class Fetcher:
             other = self._relocator.find(snapshot, pgno, gone)
             try:
                 kept = self._layers.kept(other)
-                return _page_of(kept, other, pgno) if kept else self._read_run(other, pgno, pgno)[0][1]
+                return _page_of(kept, other, pgno) if kept else self._read_twice(other, pgno, pgno)[0][1]
             except FileVanished as exc:
                 log.info("%s is gone too (%s)", other, exc)
                 gone = other

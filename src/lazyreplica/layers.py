@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from cachetools import LRUCache
 
@@ -55,12 +55,24 @@ class Layers:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._open: WeakValueDictionary[StoredFile, Layer] = WeakValueDictionary()
+        self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
         self._kept: LRUCache[int, bytes] = LRUCache(KEEP_TOTAL, getsizeof=len)
 
     def kept(self, layer: Layer) -> bytes | None:
         """All bytes of the layer's file, if they are here."""
         with self._lock:
             return self._kept.get(layer.number)
+
+    def distrust(self, layer: Layer, reason: str) -> None:
+        """The layer's file fails its checksum: none of its pages may be served from now on.
+
+        A single page cannot be told from a damaged one (an LZ4 block carries no checksum), so all of them are refused.
+        """
+        self._distrusted[layer] = reason
+
+    def distrusted(self, layer: Layer) -> str | None:
+        """Why the layer's file is not to be used, or None."""
+        return self._distrusted.get(layer)
 
     def open_chain(self, files: Sequence[StoredFile]) -> list[Layer]:
         """Open the files of a chain, several at a time, and check that they belong together.

@@ -109,16 +109,20 @@ class LocalCopy:
         complete = True
         run: list[bytes] = []
         start = 0
-        for pgno, page in pages:
-            if not self._claim(pgno):
-                complete &= self._append(pgno, layer, page)
-                continue
-            if run and pgno != start + len(run):
-                self._fill(start, run, layer)
-                run = []
-            if not run:
-                start = pgno
-            run.append(page)
+        try:
+            for pgno, page in pages:
+                if not self._claim(pgno):
+                    complete &= self._append(pgno, layer, page)
+                    continue
+                if run and pgno != start + len(run):
+                    self._fill(start, run, layer)
+                    run = []
+                if not run:
+                    start = pgno
+                run.append(page)
+        except BaseException:
+            self._conclude(start, len(run), layer, written=False)  # claimed, and never to be filled by us
+            raise
         if run:
             self._fill(start, run, layer)
         return complete
@@ -145,17 +149,11 @@ class LocalCopy:
             pages = self._log
             for key, offset in list(pages.places.items()):
                 pgno, version = key & 0xFFFFFFFF, key >> 32
-                txid = self._txids[version]
-                if pgno > floor.commit:
-                    if txid <= floor.txid:
-                        del pages.places[key]  # cut off by a later commit size
-                    continue
-                wanted = floor.owner(pgno)
-                if version == wanted.number:
-                    if self._overwrite(pgno, version, pages, offset):
+                if pgno <= floor.commit and version == floor.owner(pgno).number:
+                    if self._overwrite(pgno, version, pages, offset, floor):
                         del pages.places[key]
-                elif txid < wanted.max_txid:
-                    del pages.places[key]  # superseded, and nobody can be pinned that far back
+                elif self._txids[version] <= floor.txid:
+                    del pages.places[key]  # superseded or cut off, and nobody can be pinned that far back
             if not pages.places and pages.end:
                 self._log = _Log(self._directory / "log")
             self._fit(floor)
@@ -163,11 +161,11 @@ class LocalCopy:
                 used = {0, *self._slots, *(key >> 32 for key in self._log.places)}
                 self._txids = {number: txid for number, txid in self._txids.items() if number in used}
 
-    def _overwrite(self, pgno: int, version: int, pages: _Log, offset: int) -> bool:
+    def _overwrite(self, pgno: int, version: int, pages: _Log, offset: int, floor: Snapshot) -> bool:
         self._reach(pgno)
         held = self._slots[pgno - 1]
-        if held == _WRITING or self._txids[held] >= self._txids[version]:
-            return False
+        if held == _WRITING or self._txids[held] > floor.txid:
+            return False  # what is there belongs to a snapshot after floor
         _pwrite_all(self._fd, os.pread(pages.fd, self._page_size, offset), (pgno - 1) * self._page_size)
         self._slots[pgno - 1] = version
         self.present += held == 0
@@ -200,17 +198,21 @@ class LocalCopy:
             return True
 
     def _fill(self, start: int, run: list[bytes], layer: Layer) -> None:
-        outcome = 0
+        written = False
         try:
             _pwrite_all(self._fd, b"".join(run), (start - 1) * self._page_size)
-            outcome = layer.number
+            written = True
         finally:
-            with self._lock:
+            self._conclude(start, len(run), layer, written=written)
+
+    def _conclude(self, start: int, length: int, layer: Layer, *, written: bool) -> None:
+        """What was claimed holds a version of `layer` now, or is empty again."""
+        with self._lock:
+            if written:
                 self._txids[layer.number] = layer.max_txid
-                for at in range(start - 1, start - 1 + len(run)):
-                    self._slots[at] = outcome
-                if outcome:
-                    self.present += len(run)
+                self.present += length
+            for at in range(start - 1, start - 1 + length):
+                self._slots[at] = layer.number if written else 0
 
     def _append(self, pgno: int, layer: Layer, page: bytes) -> bool:
         with self._lock:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
 
-from lazyreplica.errors import EmptyReplica, FileVanished, ReplicaError, SnapshotGone
+from lazyreplica.errors import EmptyReplica, FileVanished, LTXError, ReplicaDamaged, ReplicaError, SnapshotGone
 from lazyreplica.head import Head
 from lazyreplica.layers import Layers
 from lazyreplica.ltx.name import format_txid
@@ -67,6 +67,8 @@ class Relocator:
         """
         with self._lock:
             self._gone.add(gone)
+            if any(gone in state.pages.layers() for state in self._states):
+                self._states.clear()  # a stand-in has gone too: the listings behind these states are out of date
             found = self._look_up(snapshot, pgno)
             if found is None:
                 self._plan_again(snapshot)
@@ -91,7 +93,7 @@ class Relocator:
                 same = not self._head.changed_since(snapshot, pgno, state.txid)
             if same:
                 layer = state.pages.owner(pgno)
-                if layer is not None and layer not in self._gone:
+                if layer is not None and layer not in self._gone and self._layers.distrusted(layer) is None:
                     return layer
         return None
 
@@ -107,14 +109,21 @@ class Relocator:
                 return  # the listing shows another history: nothing in it can stand in
             try:
                 for chain in _candidates(files, snapshot.txid):
-                    opened = self._layers.open_chain(chain)
-                    last = opened[-1]
-                    self._states.insert(0, _State(lineage, last.max_txid, last.header.commit, stack(opened)))
+                    self._remember(lineage, chain)
             except FileVanished as exc:
                 log.info("files vanished while planning again, attempt %d: %s", attempt + 1, exc)
                 continue
             del self._states[_KEPT_STATES:]
             return
+
+    def _remember(self, lineage: Lineage, chain: Chain) -> None:
+        try:
+            layers = self._layers.open_chain(chain)
+        except (LTXError, ReplicaDamaged) as exc:
+            log.warning("a chain of %s that could replace a vanished file is damaged: %s", self._store.url, exc)
+            return
+        last = layers[-1]
+        self._states.insert(0, _State(lineage, last.max_txid, last.header.commit, stack(layers)))
 
 
 def _candidates(files: list[StoredFile], txid: int) -> list[Chain]:

@@ -61,10 +61,7 @@ class Replica:
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._fetcher = Fetcher(store, self.layers, self._cache, relocator, options.read_timeout)
-            work = make_work_directory(options, snapshot, self.url)
-            self._hydrator = (
-                Hydrator(store, self.layers, self._head, self._fetcher, relocator, options, work) if work else None
-            )
+            self._hydrator = self._make_hydrator(relocator)
         except BaseException:
             store.close()
             raise
@@ -73,6 +70,17 @@ class Replica:
         if options.poll_interval:
             self._follower.start(options.poll_interval)
         log.debug("opened %s at TXID %s: %d bytes", self.url, format_txid(snapshot.txid), snapshot.size)
+
+    def _make_hydrator(self, relocator: Relocator) -> Hydrator | None:
+        work = make_work_directory(self.options, self._head.current, self.url)
+        if work is None:
+            return None
+        try:
+            return Hydrator(self._store, self.layers, self._head, self._fetcher, relocator, self.options, work)
+        except OSError as exc:
+            log.warning("%s is not hydrated, reads go to the store: %s", self.url, exc)
+            work.remove()
+            return None
 
     @property
     def head(self) -> Snapshot:
@@ -140,7 +148,12 @@ class Replica:
         layer = snapshot.owner(pgno)
         copy = self._hydrator.copy if self._hydrator else None
         # Another lineage's copy may be there, but layer numbers are never reused: it does not have these versions.
-        page = copy.read(pgno, layer.number) if copy is not None else None
+        page = None
+        if copy is not None and self._hydrator:
+            try:
+                page = copy.read(pgno, layer.number)
+            except OSError as exc:
+                self._hydrator.give_up(copy, exc)
         if page is None:
             page = self._cache.get(pgno, layer.number)
         if page is None:
@@ -156,9 +169,10 @@ class Replica:
         """Return once the head has reached `txid`; raises `WaitTimeout` after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         trouble: StoreUnavailable | None = None
+        polled = False
         while self._head.current.txid < txid:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 and polled:
                 raise WaitTimeout(
                     f"{self.url} is at TXID {format_txid(self._head.current.txid)} after {timeout:g} seconds, "
                     f"waiting for {format_txid(txid)}"
@@ -167,6 +181,7 @@ class Replica:
                 self._follower.poll()
             except StoreUnavailable as exc:
                 trouble = exc
+            polled = True
             self._head.wait_beyond(txid - 1, min(_WAIT_STEP, max(0.0, deadline - time.monotonic())))
         self._head.show_current()
 

@@ -20,7 +20,8 @@ from lazyreplica.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_LOCK = "lock"
+_LOCK = "lazyreplica.lock"
+"""Also the sign that the directory is ours."""
 _PUBLISHED = "published"
 
 
@@ -51,12 +52,17 @@ class WorkDirectory:
         if target.exists() and not path.is_dir():
             raise _not_ours(target)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (path / _LOCK).is_file() and any(path.iterdir()):
+            raise ConfigError(
+                f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
+                "not lazyreplica's; it will not be emptied: name another hydration_path"
+            )
         lock_fd = _lock(path)
         if lock_fd is None:
             raise InUse(f"{path} is in use by another process")
         work = cls(path, lock_fd, target)
         try:
-            work._withdraw()
+            work.withdraw()
             if os.path.lexists(target):
                 raise _not_ours(target)
             work._empty()
@@ -94,23 +100,21 @@ class WorkDirectory:
         return path
 
     def publish(self, database: Path) -> None:
-        """Let the finished database appear at `published_at`, at once and whole."""
+        """Let the finished database appear at `published_at`, at once and whole, unless something else is there."""
         if self.published_at is None:
             return
-        staged = self.path / "staged"
-        staged.unlink(missing_ok=True)
         (self.path / _PUBLISHED).write_text(str(database.stat().st_ino))
         try:
-            os.link(database, staged)
+            os.link(database, self.published_at)
         except OSError as exc:
-            if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                raise
-            database.rename(staged)  # a filesystem without hard links; our descriptor stays good
-        staged.replace(self.published_at)
+            if not os.path.lexists(self.published_at) and exc.errno in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                database.rename(self.published_at)  # a filesystem without hard links; our descriptor stays good
+            else:
+                log.warning("the local copy is complete, but does not appear at %s: %s", self.published_at, exc)
 
     def remove(self) -> None:
         """Remove everything, the published database too, and let go of the lock."""
-        self._withdraw()
+        self.withdraw()
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock_fd)
 
@@ -118,7 +122,7 @@ class WorkDirectory:
         """In a forked child: let go of what the parent goes on using, without touching it."""
         os.close(self._lock_fd)
 
-    def _withdraw(self) -> None:
+    def withdraw(self) -> None:
         """Remove the published database, if what is there is the one that we published."""
         if self.published_at is None:
             return

@@ -17,7 +17,7 @@ def connect(url: str, **options: object) -> apsw.Connection:
     Raises an `apsw.CantOpenError` that is also the specific error of `lazyreplica.errors`; `ConfigError` for an option
     that does not exist.
     """
-    Options().updated(options, "connect()")
+    Options.from_environment().updated(options, "connect()")
     name = urlsplit(url).path.rstrip("/").rpartition("/")[2] or "replica"
     given = {key: str(value) for key, value in options.items() if value is not None}
     query = urlencode({"vfs": "litestream", "replica_url": url, **given}, quote_via=quote)
