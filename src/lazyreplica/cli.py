@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import io
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from lazyreplica.config import OPTION_NAMES
 from lazyreplica.errors import LazyReplicaError
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.publish import publish
+from lazyreplica.results import print_json, print_tables, print_tabs, run
 from lazyreplica_vfs.file import file_of
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 1 after an error, or 2 for a command line that makes no sense."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    args = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s"
     )
@@ -43,10 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LazyReplicaError, apsw.Error) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 1
+    except UnicodeDecodeError as exc:
+        print(f"error: a text value is not UTF-8 ({exc}): select it as cast(... as blob)", file=sys.stderr)
+        return 1
+    except UnicodeEncodeError as exc:
+        print(f"error: the command line is not valid text: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left; there is nobody to tell
+        # The reader of our output has left. What is still buffered must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
 
@@ -99,19 +110,25 @@ def _query(args: argparse.Namespace, out: Console, err: Console) -> int:
         if not equals:
             print(f"error: option {given!r} is not NAME=VALUE", file=sys.stderr)
             return 2
+        if name not in OPTION_NAMES:
+            print(f"error: {name!r} is not an option; options are {', '.join(OPTION_NAMES)}", file=sys.stderr)
+            return 2
         options[name] = value
     connection = lazyreplica.connect(args.url, **options)
     try:
+        # Ctrl-C is noticed when Python code runs, which a long query on local pages may not need for minutes.
+        connection.set_progress_handler(lambda: False, 50_000)
         with _hydration_bar(connection, err):
-            cursor = connection.execute(args.sql)
-            try:
-                names = [column[0] for column in cursor.get_description()]
-            except apsw.ExecutionCompleteError:
-                names = []  # no rows, or a statement that never has any
-            rows = cursor.fetchall()
+            results = run(connection, args.sql)
     finally:
         connection.close()
-    _print_rows(names, rows, out, as_json=args.json)
+    if args.json:
+        print_json(results)
+    elif out.is_terminal:
+        print_tables(results, out)
+    else:
+        print_tabs(results)
+    sys.stdout.flush()  # here, where a reader that has left is expected
     return 0
 
 
@@ -127,35 +144,6 @@ def _publish(args: argparse.Namespace, out: Console, err: Console) -> int:
     else:
         out.print(f"unchanged since TXID {format_txid(result.txid)}: nothing written", highlight=False)
     return 0
-
-
-def _print_rows(names: list[str], rows: list[tuple[apsw.SQLiteValue, ...]], out: Console, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([dict(zip(names, map(_json_value, row), strict=True)) for row in rows], ensure_ascii=False))
-        return
-    if not out.is_terminal:
-        for row in [tuple(names), *rows] if names else []:
-            print("\t".join(map(_text, row)))
-        return
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in names:
-        table.add_column(Text(name))
-    for row in rows:
-        table.add_row(*(Text(_text(value)) for value in row))
-    out.print(table)
-
-
-def _json_value(value: apsw.SQLiteValue) -> object:
-    return value.hex() if isinstance(value, bytes) else value
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bytes):
-        return f"x'{value.hex()}'"
-    return "" if value is None else str(value)
 
 
 def _progress(err: Console) -> Progress:

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lazyreplica.errors import ConfigError
@@ -57,20 +58,25 @@ class Options:
             "bytes, 0 or more",
         )
         _require(self.cache_size >= 0, "cache_size", self.cache_size, "bytes, 0 or more")
-        _require(_is_duration(self.poll_interval), "poll_interval", self.poll_interval, "seconds, 0 or more")
+        _require(_is_duration(self.poll_interval), "poll_interval", self.poll_interval, "seconds, 0 to 1e9")
         _require(
             self.max_staleness is None or _is_duration(self.max_staleness),
             "max_staleness",
             self.max_staleness,
-            "seconds, 0 or more",
+            "seconds, 0 to 1e9",
         )
         _require(
             _is_duration(self.read_timeout) and self.read_timeout > 0,
             "read_timeout",
             self.read_timeout,
-            "seconds, more than 0",
+            "seconds, more than 0, up to 1e9",
         )
-        _require(self.hydration_path is None or self.hydration_path != "", "hydration_path", "", "a path")
+        _require(
+            self.hydration_path is None or Path(self.hydration_path).name not in ("", ".."),
+            "hydration_path",
+            self.hydration_path,
+            "the path of a file",
+        )
 
     @property
     def staleness_limit(self) -> float:
@@ -81,7 +87,10 @@ class Options:
 
     def updated(self, values: Mapping[str, object], source: str) -> Options:
         """A copy with `values` over it; texts are parsed. `source` is named in error messages."""
-        parsed: dict[str, Any] = {name: _parse(name, value, source) for name, value in values.items()}
+        parsed: dict[str, Any] = {
+            name: _parse(name, value, f"{source}: {name}" if source.endswith("()") else source)
+            for name, value in values.items()
+        }
         return dataclasses.replace(self, **parsed)
 
     @classmethod
@@ -98,8 +107,12 @@ class Options:
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
 
 
+_LONGEST = 1e9
+"""Seconds, 31 years: what every clock and lock of the system can still count."""
+
+
 def _is_duration(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+    return 0 <= value <= _LONGEST
 
 
 def _require(good: bool, name: str, value: object, expected: str) -> None:
@@ -149,12 +162,13 @@ def _parse_size(value: object, source: str) -> int:
 
 
 def _parse_seconds(value: object, source: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
     match = _DURATION.fullmatch(str(value).strip())
-    if match is None:
+    if isinstance(value, bool) or match is None:
         raise ConfigError(f"{source} is {value!r}, expected seconds such as 0.5, or a duration such as 500ms or 2s")
-    return float(match[1]) * _SECONDS[match[2] and match[2].lower()]
+    seconds = float(match[1]) * _SECONDS[match[2] and match[2].lower()]
+    if not _is_duration(seconds):
+        raise ConfigError(f"{source} is {value!r}, expected seconds, 0 to {_LONGEST:.0g}")
+    return seconds
 
 
 _configured: dict[str, tuple[str, Options]] = {}

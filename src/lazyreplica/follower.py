@@ -166,7 +166,6 @@ class Follower:
             return None
         self._misses = 0
         if _continues_wal(head.last, arrival.layer):
-            check_page_size(head.last, arrival.layer)
             self._recorded.add(arrival.layer.file)
             self._apply(head, arrival)
             return True
@@ -175,6 +174,11 @@ class Follower:
         return self._head.current.txid > head.txid
 
     def _apply(self, head: Snapshot, arrival: Arrival) -> None:
+        if arrival.layer.header.page_size != head.page_size and arrival.layer.holds_everything:
+            log.warning("%s has another page size now: open connections have to reopen", self._store.url)
+            self._replace(head.with_layer(arrival.layer, Lineage()))
+            return
+        check_page_size(head.last, arrival.layer)
         if arrival.layer.holds_everything and not _continues_wal(head.last, arrival.layer):
             # The primary lost its local state and went on with a copy of the whole database: perhaps a restored, older
             # one, whose schema may differ although its cookie is equal.
@@ -215,7 +219,6 @@ class Follower:
         layers = self._layers.open_chain(chain) if chain else []
         self._recorded = set(files)
         for layer in layers:
-            check_page_size(head.last, layer)
             data = arrival.data if arrival and arrival.layer is layer else self._layers.kept(layer)
             self._apply(self._head.current, Arrival(layer, data))
 
@@ -232,9 +235,9 @@ class Follower:
                     format_txid(head.txid),
                 )
             return
-        snapshot = stack_snapshot(
-            self._layers.open_chain(plan(files)), head.lineage.next_epoch() if ours else Lineage()
-        )
+        layers = self._layers.open_chain(plan(files))
+        same = ours and layers[-1].header.page_size == head.page_size
+        snapshot = stack_snapshot(layers, head.lineage.next_epoch() if same else Lineage())
         if not ours:
             log.warning(
                 "%s holds another database history now (none of the files that we know is there any more): TXID %s "
@@ -243,8 +246,6 @@ class Follower:
                 format_txid(snapshot.txid),
                 format_txid(head.txid),
             )
-        elif snapshot.page_size != head.page_size:
-            check_page_size(head.last, snapshot.last)
         self._recorded = set(files)
         self._replace(snapshot)
 

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 KEEP_FILE = 256 << 10
 """Files up to this many bytes are fetched whole when opened, and kept."""
+VERIFY_FILE = 8 << 20
+"""Increments up to this many bytes are read whole and verified when opened: a page index is covered by nothing but the
+file's checksum, and a wrong page number in it would let an older page show through. (Of a snapshot's index every entry
+is determined by its neighbours.)"""
 KEEP_TOTAL = 16 << 20
 """Bytes of whole files kept in all; the least recently used go first."""
 ARRIVAL_LIMIT = 8 << 20
@@ -122,7 +126,7 @@ class Layers:
         return Arrival(layer, data)
 
     def _read(self, file: StoredFile) -> Layer:
-        if file.size <= KEEP_FILE:
+        if file.size <= (KEEP_FILE if file.name.is_snapshot else max(KEEP_FILE, VERIFY_FILE)):
             return self._adopt_whole(file, self._store.read(file, 0, file.size, self._timeout))
         tail_size = min(file.size - HEADER_SIZE, _TAIL)
         header = Header.parse(self._store.read(file, 0, HEADER_SIZE, self._timeout))

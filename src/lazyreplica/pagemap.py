@@ -124,6 +124,11 @@ class PageMap:
             runs[:2] = [_join(runs[0], runs[1])]
         return PageMap(tuple(runs))
 
+    @property
+    def capacity(self) -> int:
+        """How many pages the layers hold, pages in several runs counted again: no database can be larger."""
+        return sum(map(len, self._runs))
+
     def owner(self, pgno: int) -> Layer | None:
         """The layer with the newest version of page `pgno`; None if no layer holds it."""
         for run in self._runs:

@@ -19,10 +19,10 @@ from typing import BinaryIO
 
 import apsw
 
-from lazyreplica.errors import ConfigError, PublishRefused
+from lazyreplica.errors import ConfigError, LTXError, PublishRefused, StoreError
 from lazyreplica.ltx.encoder import Encoder
 from lazyreplica.ltx.header import FLAG_NO_CHECKSUM, Header, lock_pgno
-from lazyreplica.ltx.name import FileName, format_txid
+from lazyreplica.ltx.name import FileName, format_txid, parse_txid
 from lazyreplica.storage import SNAPSHOT_LEVEL, Listing, Store, open_store
 from lazyreplica.storage.url import FileURL, parse_replica_url
 
@@ -62,8 +62,8 @@ class _Note:
             fields = json.loads(data)
             if fields["format"] != 1:
                 raise ValueError(f"format {fields['format']!r}")
-            return cls(int(fields["txid"], 16), str(fields["digest"]))
-        except (ValueError, KeyError, TypeError) as exc:
+            return cls(parse_txid(fields["txid"]), str(fields["digest"]))
+        except (ValueError, KeyError, TypeError, RecursionError, LTXError) as exc:
             raise PublishRefused(
                 f"{url}/{NOTE} cannot be read ({exc}): it was written by a newer lazyreplica or by something else; "
                 "publish to an empty path"
@@ -85,7 +85,10 @@ def publish(database: str | Path, url: str, progress: Progress | None = None) ->
     if not source.is_file():
         raise ConfigError(f"{str(source)!r} is not a file: name the SQLite database to publish")
     if isinstance(parsed, FileURL):
-        parsed.path.mkdir(parents=True, exist_ok=True)
+        try:
+            parsed.path.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise StoreError(f"{str(parsed.path)!r} cannot be made a directory: {exc.strerror}") from exc
     store = open_store(url)
     try:
         listing = store.list_all(_TIMEOUT)
@@ -114,7 +117,7 @@ def _publish(
         published = {stored.name.max_txid for stored in listing.files}
         if note and note.digest == digest and note.txid in published:
             return Published(note.txid, pages.commit, 0, changed=False)
-        txid = max(published, default=0) + 1
+        txid = max(published | {note.txid if note else 0}, default=0) + 1
         with (directory / "file.ltx").open("w+b") as ltx:
             now = time.time()
             _encode(pages, txid, int(now * 1000), ltx, progress)
@@ -157,6 +160,7 @@ def _back_up(source: Path, copy: Path) -> int:
             with target.backup("main", original, "main") as backup:
                 while not backup.done:
                     backup.step(-1)
+            _refuse_damaged(target, source)
             return cookie
     except (apsw.NotADBError, apsw.CorruptError) as exc:
         raise ConfigError(f"{str(source)!r} is not a readable SQLite database: {exc}") from exc
@@ -164,11 +168,21 @@ def _back_up(source: Path, copy: Path) -> int:
         raise ConfigError(f"{str(source)!r} cannot be read: {exc}") from exc
 
 
+def _refuse_damaged(copy: apsw.Connection, source: Path) -> None:
+    try:
+        found = copy.execute("pragma quick_check(1)").get
+    except apsw.SQLError as exc:  # a virtual table whose module only the application has
+        log.info("%s cannot be checked before it is published: %s", source, exc)
+        return
+    if found != "ok":
+        raise ConfigError(f"{str(source)!r} is damaged, publishing it would pass that on: {found}")
+
+
 class _Connection:
     """A plain connection to a local file, closed at the end of the block."""
 
     def __init__(self, path: Path, flags: int) -> None:
-        self._connection = apsw.Connection(str(path), flags=flags, vfs="unix")
+        self._connection = apsw.Connection(str(path.absolute()), flags=flags, vfs="unix")
 
     def __enter__(self) -> apsw.Connection:
         return self._connection

@@ -42,6 +42,15 @@ class Snapshot:
     """The file that made this state: its MaxTXID, commit and timestamp are the snapshot's."""
     pages: PageMap
 
+    def __post_init__(self) -> None:
+        if self.commit == 0:
+            raise ReplicaDamaged(f"{self.last} leaves a database of 0 pages, expected at least 1")
+        if self.commit > self.pages.capacity + 1:  # the lock page is in no file
+            raise ReplicaDamaged(
+                f"{self.last} says that the database has {self.commit} pages, but the files up to it hold "
+                f"{self.pages.capacity} at most; the replica is damaged"
+            )
+
     @property
     def txid(self) -> int:
         return self.last.max_txid

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import apsw
 
@@ -17,8 +17,8 @@ def connect(url: str, **options: object) -> apsw.Connection:
     Raises an `apsw.CantOpenError` that is also the specific error of `lazyreplica.errors`; `ConfigError` for an option
     that does not exist.
     """
-    Options.from_environment().updated(options, "connect()")
-    name = urlsplit(url).path.rstrip("/").rpartition("/")[2] or "replica"
+    Options().updated(options, "connect()")
+    name = url.partition("?")[0].rstrip("/").rpartition("/")[2] or "replica"
     given = {key: str(value) for key, value in options.items() if value is not None}
     query = urlencode({"vfs": "litestream", "replica_url": url, **given}, quote_via=quote)
     return apsw.Connection(f"file:{quote(name)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)

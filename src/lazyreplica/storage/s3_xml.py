@@ -118,11 +118,11 @@ def clean_etag(etag: str) -> str:
 def _parse(body: bytes) -> ET.Element:
     # Entities need a document type; S3 never sends one. The encoding is fixed so that none can be hidden.
     if b"<!DOCTYPE" in body or b"<!ENTITY" in body or b"\0" in body:
-        raise StoreError("the server's XML declares a document type or is not UTF-8; refused")
+        raise StoreError("the server's reply declares a document type or is not UTF-8; is that an S3 endpoint?")
     try:
         return ET.fromstring(body, ET.XMLParser(encoding="utf-8"))
     except ET.ParseError as error:
-        raise StoreError(f"the server's reply is not XML ({error}): {body[:60]!r}") from None
+        raise StoreError(f"the server's reply is not XML ({error}): {body[:60]!r}; is that an S3 endpoint?") from None
 
 
 def _tag(element: ET.Element) -> str:
