@@ -107,11 +107,8 @@ def _query(args: argparse.Namespace, out: Console, err: Console) -> int:
     options: dict[str, object] = {}
     for given in args.option:
         name, equals, value = given.partition("=")
-        if not equals:
-            print(f"error: option {given!r} is not NAME=VALUE", file=sys.stderr)
-            return 2
-        if name not in OPTION_NAMES:
-            print(f"error: {name!r} is not an option; options are {', '.join(OPTION_NAMES)}", file=sys.stderr)
+        if not equals or name not in OPTION_NAMES:
+            print(f"error: {given!r} is not NAME=VALUE with NAME one of {', '.join(OPTION_NAMES)}", file=sys.stderr)
             return 2
         options[name] = value
     connection = lazyreplica.connect(args.url, **options)
