@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
 from lazyreplica.cache import PageCache
-from lazyreplica.errors import FileVanished, LTXError, ReplicaDamaged, StoreUnavailable
+from lazyreplica.errors import FileVanished, LTXError, SnapshotGone, StoreUnavailable
 from lazyreplica.layers import Layers
 from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
@@ -176,7 +176,9 @@ class Fetcher:
             except FileVanished as exc:
                 log.info("%s is gone too (%s)", other, exc)
                 gone = other
-        raise ReplicaDamaged(f"page {pgno} of {layer}: every file that should hold it vanished while it was read")
+        raise SnapshotGone(
+            f"page {pgno} of {layer}: every file that should hold it vanished while it was read: roll back and retry"
+        )
 
 
 def _page_of(file_bytes: bytes, layer: Layer, pgno: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from lazyreplica.errors import FileVanished, LTXError
@@ -42,6 +43,16 @@ class Outcome(Enum):
     """The log has no room until old readers end."""
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a local copy is."""
+
+    finished: set[int] = field(default_factory=set)
+    """Numbers of layers whose pages, as far as they are anybody's newest version, are local."""
+    verified: bool = False
+    """Whether every page was looked at once."""
+
+
 class Filler:
     """Brings pages from a store into a local copy. Used by one thread."""
 
@@ -64,27 +75,28 @@ class Filler:
         self._stop = stop
         self._timeout = timeout
 
-    def fill(self, snapshot: Snapshot, copy: LocalCopy, finished: set[int]) -> Outcome:
+    def fill(self, snapshot: Snapshot, copy: LocalCopy, progress: Progress) -> Outcome:
         """Make every page of `snapshot` local.
 
-        `finished` remembers, by number, the layers whose pages are local as far as they are anybody's newest version.
         Raises `StoreError`, `LTXError`, `SnapshotGone`, `ReplicaDamaged` when a page is in no file, `OSError`.
         """
         for layer in snapshot.pages.layers():
-            if layer.number not in finished:
+            if layer.number not in progress.finished:
                 outcome = self._fill_layer(snapshot, layer, copy)
                 if outcome is not Outcome.COMPLETE:
                     return outcome
-                finished.add(layer.number)
+                progress.finished.add(layer.number)
+        if progress.verified:
+            return Outcome.COMPLETE
         # Look at every page once, so that 100 % is a fact, and a page that no file holds is reported.
-        outcome = Outcome.COMPLETE
+        progress.verified = True
         for pgno in range(1, snapshot.commit + 1):
             if pgno != snapshot.lock_pgno:
                 layer = snapshot.owner(pgno)
                 if not copy.has(pgno, layer.number):
-                    finished.discard(layer.number)
-                    outcome = Outcome.AGAIN
-        return outcome
+                    progress.finished.discard(layer.number)
+                    progress.verified = False
+        return Outcome.COMPLETE if progress.verified else Outcome.AGAIN
 
     def _fill_layer(self, snapshot: Snapshot, layer: Layer, copy: LocalCopy) -> Outcome:
         wanted = [

@@ -55,6 +55,8 @@ class Follower:
         self._lock = threading.Lock()
         self._recorded = set(listed)
         """Files known to belong to the current lineage, as the last listing showed them, and those found since."""
+        self.standing = True
+        """Whether the last listing still showed a file of our history that ends where the head stands."""
         self._misses = 0
         self._listed_at = self._tried_at = now()
         self._polled_at: float | None = None
@@ -200,9 +202,9 @@ class Follower:
             if not files:
                 log.warning("%s has no files any more; staying at TXID %s", self._store.url, format_txid(head.txid))
                 return
-            standing = any(file.name.max_txid == head.txid and file in self._recorded for file in files)
+            self.standing = any(file.name.max_txid == head.txid and file in self._recorded for file in files)
             try:
-                if standing:
+                if self.standing:
                     self._walk(head, files, arrival)
                 else:
                     self._leap(head, files)

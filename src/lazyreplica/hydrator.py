@@ -15,7 +15,7 @@ from pathlib import Path
 from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError, SnapshotGone, StoreError
 from lazyreplica.fetcher import Fetcher
-from lazyreplica.filling import Filler, Outcome, pages_of
+from lazyreplica.filling import Filler, Outcome, Progress, pages_of
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.localcopy import LocalCopy
@@ -38,8 +38,7 @@ class _Filling:
 
     copy: LocalCopy
     lineage: int
-    finished: set[int] = field(default_factory=set)
-    """Numbers of layers whose pages, as far as they are anybody's newest version, are local."""
+    progress: Progress = field(default_factory=Progress)
     complete: Snapshot | None = None
     """The newest snapshot whose every page is known to be local."""
     published: bool = False
@@ -131,7 +130,7 @@ class Hydrator:
             was_complete = filling is not None and filling.complete is self._head.current
             self._head.advance(after)
             if local and filling is not None:
-                filling.finished.add(arrival.layer.number)
+                filling.progress.finished.add(arrival.layer.number)
                 if was_complete:
                     filling.complete = after
         self._settle()
@@ -217,12 +216,12 @@ class Hydrator:
                 return
 
     def _fill(self, filling: _Filling, head: Snapshot) -> None:
-        outcome = self._filler.fill(head, filling.copy, filling.finished)
+        outcome = self._filler.fill(head, filling.copy, filling.progress)
         if outcome is Outcome.COMPLETE:
             with self._guard:
                 if self._head.current is head:
                     filling.complete = head
-                    filling.finished.intersection_update(layer.number for layer in head.pages.layers())
+                    filling.progress.finished &= {layer.number for layer in head.pages.layers()}
         elif outcome is Outcome.FULL:
             self._settle()
             self._stop.wait(_RETRY)

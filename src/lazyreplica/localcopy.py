@@ -111,12 +111,12 @@ class LocalCopy:
         start = 0
         try:
             for pgno, page in pages:
+                if run and pgno != start + len(run):
+                    written, run = run, []
+                    self._fill(start, written, layer)
                 if not self._claim(pgno):
                     complete &= self._append(pgno, layer, page)
                     continue
-                if run and pgno != start + len(run):
-                    self._fill(start, run, layer)
-                    run = []
                 if not run:
                     start = pgno
                 run.append(page)

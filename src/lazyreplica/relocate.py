@@ -44,8 +44,9 @@ class _State:
 class Relocator:
     """Remembers which files are gone and a few states made of files that are not. Thread-safe."""
 
-    def __init__(self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], None], timeout: float) -> None:
-        """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known."""
+    def __init__(self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], bool], timeout: float) -> None:
+        """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known. It says
+        whether the store still holds the head's history; raises what prevented finding out."""
         self._store = store
         self._layers = layers
         self._head = head
@@ -100,14 +101,14 @@ class Relocator:
     def _plan_again(self, snapshot: Snapshot) -> None:
         """Learn of states made of the files that are there now: the newest, and the newest at or below the pin."""
         for attempt in range(3):
-            # Catch up between the listing and the use of its newest state: then every layer up to it is known.
             gone = {layer.file for layer in self._gone}
             files = [file for file in self._store.list_all(self._timeout).files if file not in gone]
-            self._catch_up()
-            lineage = self._head.current.lineage
-            if snapshot.lineage is not lineage:
-                return  # the listing shows another history: nothing in it can stand in
             try:
+                # Between the listing and the use of its newest state: then every layer up to that is known.
+                ours = self._catch_up()
+                lineage = self._head.current.lineage
+                if not ours or snapshot.lineage is not lineage:
+                    return  # the listing shows another history: nothing in it can stand in
                 for chain in _candidates(files, snapshot.txid):
                     self._remember(lineage, chain)
             except FileVanished as exc:

@@ -216,9 +216,14 @@ class Replica:
         else:
             self._head.replace(after)
 
-    def _catch_up(self) -> None:
-        """For the relocator: know every layer up to the newest."""
-        self._follower.poll(thorough=True)
+    def _catch_up(self) -> bool:
+        """For the relocator: know every layer up to the newest, and that the store still holds our history."""
+        try:
+            self._follower.poll(thorough=True)
+        except ReplicaGap as exc:
+            log.info("%s cannot be followed: %s", self.url, exc)
+            return self._follower.standing
+        return True
 
 
 def _open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:

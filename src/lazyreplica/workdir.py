@@ -103,7 +103,10 @@ class WorkDirectory:
         """Let the finished database appear at `published_at`, at once and whole, unless something else is there."""
         if self.published_at is None:
             return
-        (self.path / _PUBLISHED).write_text(str(database.stat().st_ino))
+        with (self.path / _PUBLISHED).open("w") as note:
+            note.write(str(database.stat().st_ino))
+            note.flush()
+            os.fsync(note.fileno())  # a link that outlived its note would be nobody's, and never removed
         try:
             os.link(database, self.published_at)
         except OSError as exc:

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from replicas import ReplicaDirectory, engine_threads, until
+
+from lazyreplica.config import ENVIRONMENT, URL_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test has its own place for private local copies, no options from outside, and leaves no thread behind."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    for variable in (*ENVIRONMENT.values(), URL_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    yield
+    until(lambda: not engine_threads(), 5, "threads end with their replica")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> ReplicaDirectory:
+    return ReplicaDirectory(tmp_path / "replica")

@@ -1,0 +1,271 @@
+"""Hand-made ``file://`` replicas whose truth is known at every TXID, and a store that can be told to misbehave."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lazyreplica.config import Options
+from lazyreplica.ltx import FLAG_NO_CHECKSUM, FileName, Header, PageIndex, encode_file
+from lazyreplica.pagemap import Layer, stack
+from lazyreplica.prefetch import SequentialWindow
+from lazyreplica.replica import Replica
+from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.storage import Listing, StoredFile, open_store
+
+PAGE_SIZE = 512
+Pages = dict[int, bytes]
+
+
+def page_bytes(*key: object, page_size: int = PAGE_SIZE) -> bytes:
+    """A page that no other key has, and that LZ4 cannot shorten: its frame holds it byte for byte."""
+    return random.Random(repr(key)).randbytes(page_size)
+
+
+class History:
+    """A database as its primary lived it: all pages at every TXID."""
+
+    def __init__(self, name: object = "db", page_size: int = PAGE_SIZE, salt: int = 7) -> None:
+        self.name = name
+        self.page_size = page_size
+        self.states: list[Pages] = [{}]
+        self.changed: list[frozenset[int]] = [frozenset()]
+        self.wal: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
+        """Of each TXID: WAL offset, size, salts."""
+        self._salt = salt
+
+    @property
+    def txid(self) -> int:
+        return len(self.states) - 1
+
+    def commit(self, pages: Iterable[int] = (), size: int | None = None, *, restart_wal: bool = False) -> int:
+        """One more transaction, which writes those pages and all that it adds; returns its TXID."""
+        before, txid = self.states[-1], self.txid + 1
+        size = max([len(before), *pages]) if size is None else size
+        written = {p for p in pages if p <= size} | set(range(len(before) + 1, size + 1))
+        return self.put(
+            {p: page_bytes(self.name, p, txid, page_size=self.page_size) for p in written}, size, restart_wal
+        )
+
+    def put(self, pages: Mapping[int, bytes], size: int, restart_wal: bool = False) -> int:
+        """One more transaction with these very bytes."""
+        state = {p: page for p, page in {**self.states[-1], **pages}.items() if p <= size}
+        assert sorted(state) == list(range(1, size + 1))
+        offset, length, salt, _ = self.wal[-1]
+        if restart_wal or not offset:
+            self._salt += 1
+            offset, length, salt = 32, 0, self._salt
+        self.wal.append((offset + length, 24 + (24 + self.page_size) * len(pages), salt, salt ^ 0xFFFF))
+        self.states.append(state)
+        self.changed.append(frozenset(pages))
+        return self.txid
+
+    def database(self, txid: int | None = None) -> bytes:
+        state = self.states[-1 if txid is None else txid]
+        return b"".join(state[p] for p in sorted(state))
+
+    def file(self, low: int, high: int, *, whole: bool = False, wal: bool = False) -> bytes:
+        """The LTX file of transactions low..high; `wal`: with the primary's position, as levels 0 and 9 have it."""
+        state = self.states[high]
+        touched = set(state) if whole or low == 1 else set().union(*self.changed[low : high + 1]) & set(state)
+        offset, size, salt1, salt2 = self.wal[high] if wal else (0, 0, 0, 0)
+        header = Header(
+            FLAG_NO_CHECKSUM,
+            self.page_size,
+            len(state),
+            low,
+            high,
+            1_700_000_000_000 + high,
+            0,
+            offset,
+            size,
+            salt1,
+            salt2,
+        )
+        return encode_file(header, [(p, state[p]) for p in sorted(touched)])
+
+
+class ReplicaDirectory:
+    """A ``file://`` replica in a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        return f"file://{self.path}"
+
+    def place(self, level: int, low: int, high: int) -> Path:
+        return self.path / "ltx" / str(level) / str(FileName(low, high))
+
+    def write_bytes(self, level: int, low: int, high: int, data: bytes) -> None:
+        path = self.place(level, low, high)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(".new")
+        temporary.write_bytes(data)
+        os.utime(temporary, ns=(time.time_ns(), time.time_ns()))  # the kernel's clock ticks every few ms only
+        temporary.rename(path)
+
+    def write(
+        self,
+        history: History,
+        level: int,
+        low: int,
+        high: int | None = None,
+        *,
+        whole: bool = False,
+        wal: bool | None = None,
+    ) -> None:
+        high = low if high is None else high
+        self.write_bytes(level, low, high, history.file(low, high, whole=whole, wal=level == 0 if wal is None else wal))
+
+    def sync(self, history: History) -> None:
+        """Write the newest transaction at level 0, as a primary would."""
+        self.write(history, 0, history.txid)
+
+    def remove(self, level: int, low: int, high: int | None = None) -> None:
+        self.place(level, low, low if high is None else high).unlink()
+
+    def files(self) -> list[tuple[int, int, int]]:
+        found = []
+        for path in self.path.glob("ltx/*/*.ltx"):
+            name = FileName.parse(path.name)
+            assert name is not None
+            found.append((int(path.parent.name), name.min_txid, name.max_txid))
+        return sorted(found)
+
+    def wipe(self) -> None:
+        for level, low, high in self.files():
+            self.remove(level, low, high)
+
+
+def start(path: Path, size: int = 8, name: object = "db", **more: Any) -> tuple[History, ReplicaDirectory]:
+    """A replica of one transaction, at level 0."""
+    history, directory = History(name, **more), ReplicaDirectory(path)
+    history.commit(size=size)
+    directory.sync(history)
+    return history, directory
+
+
+class SpyStore:
+    """A store that counts what is asked of it, and does what a test wants before or instead."""
+
+    def __init__(self, url: str) -> None:
+        self.inner = open_store(url)
+        self.url = self.inner.url
+        self.reads: list[tuple[StoredFile, int, int]] = []
+        self.listings = 0
+        self.probes: list[FileName] = []
+        self.closed = False
+        self.before_read: Callable[[StoredFile, int, int], object] = lambda file, offset, length: None
+        self.change: Callable[[StoredFile, int, bytes], bytes] = lambda file, offset, data: data
+        self.before_list: Callable[[], object] = lambda: None
+        self.after_list: Callable[[], object] = lambda: None
+
+    def list_all(self, timeout: float) -> Listing:
+        self.listings += 1
+        self.before_list()
+        listing = self.inner.list_all(timeout)
+        self.after_list()
+        return listing
+
+    def list_level(self, level: int, after: FileName | None, timeout: float) -> Any:
+        return self.inner.list_level(level, after, timeout)
+
+    def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
+        self.reads.append((file, offset, length))
+        self.before_read(file, offset, length)
+        return self.change(file, offset, self.inner.read(file, offset, length, timeout))
+
+    def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
+        self.probes.append(name)
+        return self.inner.get(level, name, limit, timeout)
+
+    def put(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def read_note(self, name: str, timeout: float) -> bytes | None:
+        return None
+
+    def write_note(self, *args: Any) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.closed = True
+        self.inner.close()
+
+
+@contextmanager
+def opened(replica: ReplicaDirectory | SpyStore, **options: Any) -> Iterator[Replica]:
+    """An open replica: no threads and nothing local unless `options` say so."""
+    settings = {"hydrate": False, "poll_interval": 0.0, "read_timeout": 5.0, **options}
+    store = open_store(replica.url) if isinstance(replica, ReplicaDirectory) else replica
+    found = Replica(store, Options(**settings))
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def read_page(replica: Replica, snapshot: Snapshot, pgno: int) -> bytes:
+    return replica.read(snapshot, pgno, SequentialWindow(snapshot.page_size))
+
+
+def read_database(replica: Replica, snapshot: Snapshot | None = None) -> bytes:
+    """Every page of `snapshot` (else: of the head, in a transaction of its own)."""
+    if snapshot is not None:
+        return b"".join(read_page(replica, snapshot, p) for p in range(1, snapshot.commit + 1))
+    snapshot = replica.begin(replica.head.lineage.number)
+    try:
+        return read_database(replica, snapshot)
+    finally:
+        replica.end(snapshot)
+
+
+@contextmanager
+def pinned(replica: Replica) -> Iterator[Snapshot]:
+    snapshot = replica.begin(replica.head.lineage.number)
+    try:
+        yield snapshot
+    finally:
+        replica.end(snapshot)
+
+
+def until(condition: Callable[[], object], timeout: float = 5.0, what: str = "") -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout:g} seconds: {what or condition}")
+        time.sleep(0.002)
+
+
+_numbers = itertools.count(1)
+
+
+def make_layer(
+    pgnos: Iterable[int], commit: int, low: int, high: int | None = None, *, level: int = 0, page_size: int = PAGE_SIZE
+) -> Layer:
+    """A layer without a file: numbers only. Frames are taken to be 100 bytes long."""
+    high = low if high is None else high
+    listed = array("I", sorted(pgnos))
+    offsets = array("Q", range(100, 100 + 100 * len(listed) + 1, 100))
+    file = StoredFile(level, FileName(low, high), 1 << 20, f"etag-{level}-{low}-{high}", 0.0)
+    header = Header(FLAG_NO_CHECKSUM, page_size, commit, low, high, 0)
+    return Layer(next(_numbers), file, header, PageIndex(listed, offsets))
+
+
+def make_snapshot(layers: list[Layer], lineage: Lineage | None = None) -> Snapshot:
+    return Snapshot(lineage or Lineage(), layers[-1], stack(layers))
+
+
+def engine_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lazyreplica")]
