@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Iterable
 
 from lazyreplica.clock import now
-from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, ReplicaGap
+from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, ReplicaDamaged, ReplicaGap
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers, check_page_size
 from lazyreplica.ltx.name import FileName, format_txid
 from lazyreplica.pagemap import Layer, stack
 from lazyreplica.plan import extend, plan
 from lazyreplica.snapshot import Lineage, Snapshot
-from lazyreplica.storage import Store, StoredFile
+from lazyreplica.storage import SNAPSHOT_LEVEL, Store, StoredFile
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Follower:
         failing = False
         while not self._stop.wait(interval):
             try:
-                self.poll()
+                self.poll(thorough=self.idle > 2 * interval)  # late: we slept, and the next file may be gone by now
             except LazyReplicaError as exc:
                 if self._stop.is_set():
                     return
@@ -202,8 +202,9 @@ class Follower:
             if not files:
                 log.warning("%s has no files any more; staying at TXID %s", self._store.url, format_txid(head.txid))
                 return
-            self.standing = any(file.name.max_txid == head.txid and file in self._recorded for file in files)
             try:
+                ends = [file for file in files if file.name.max_txid == head.txid]
+                self.standing = any(file in self._recorded or self._ends_alike(file, head) for file in ends)
                 if self.standing:
                     self._walk(head, files, arrival)
                 else:
@@ -214,6 +215,24 @@ class Follower:
                     raise
                 continue
             return
+
+    def _ends_alike(self, file: StoredFile, head: Snapshot) -> bool:
+        """Whether a file that we have not seen before is a compaction that ends with the transaction we stand on.
+
+        A compacted file has the timestamp of its last input, in milliseconds.
+        """
+        if file.level in (0, SNAPSHOT_LEVEL) or head.timestamp_ms == 0:
+            return False
+        try:
+            header = self._layers.open(file).header
+        except (LTXError, ReplicaDamaged) as exc:
+            log.info("%s cannot be read: %s", file, exc)
+            return False
+        return (header.timestamp_ms, header.commit, header.page_size) == (
+            head.timestamp_ms,
+            head.commit,
+            head.page_size,
+        )
 
     def _walk(self, head: Snapshot, files: tuple[StoredFile, ...], arrival: Arrival | None) -> None:
         """A file that ends where we stand is still there: whatever continues it continues our history."""

@@ -91,7 +91,8 @@ class Hydrator:
         if filling is None:
             return 0.0
         if filling.complete is head:
-            return 100.0
+            # With a hydration_path, complete means also that it can be found there.
+            return 100.0 if filling.published or self._work.published_at is None else 99.9
         total = max(1, head.commit - (head.lock_pgno <= head.commit))
         return min(99.9, 100 * filling.copy.present / total)
 
@@ -131,9 +132,9 @@ class Hydrator:
             self._head.advance(after)
             if local and filling is not None:
                 filling.progress.finished.add(arrival.layer.number)
-                if was_complete:
+                self._settle()  # first, so that the complete file is the head's, unless readers hold it back
+                if was_complete and self._filling is filling:
                     filling.complete = after
-        self._settle()
         self._wake.set()
 
     def replace(self, after: Snapshot) -> None:
@@ -185,8 +186,8 @@ class Hydrator:
             filling.copy.fold(self._head.floor())
             if filling.published or filling.complete is not self._head.current or filling.copy.pending:
                 return
-            filling.published = True
             self._work.publish(filling.copy.path)
+            filling.published = True
             log.info("%s is local: %s", self._url, self.path)
         except OSError as exc:
             self.give_up(filling.copy, exc)
