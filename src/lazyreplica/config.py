@@ -72,7 +72,8 @@ class Options:
             "seconds, more than 0, up to 1e9",
         )
         _require(
-            self.hydration_path is None or Path(self.hydration_path).name not in ("", ".."),
+            self.hydration_path is None
+            or (Path(self.hydration_path).name not in ("", "..") and "\0" not in self.hydration_path),
             "hydration_path",
             self.hydration_path,
             "the path of a file",

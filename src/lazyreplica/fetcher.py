@@ -54,9 +54,7 @@ class Fetcher:
 
         Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`.
         """
-        reason = self._layers.distrusted(layer)
-        if reason is not None:
-            raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {reason}")
+        self._refuse_distrusted(layer)
         kept = self._layers.kept(layer)
         if kept is not None:
             page = _page_of(kept, layer, pgno)
@@ -70,6 +68,11 @@ class Fetcher:
         if flight is not None:
             return self._join(flight, snapshot, layer, pgno)
         return self._lead(mine, snapshot, layer, pgno)
+
+    def _refuse_distrusted(self, layer: Layer) -> None:
+        reason = self._layers.distrusted(layer)
+        if reason is not None:
+            raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {reason}")
 
     def _take_off(self, snapshot: Snapshot, layer: Layer, pgno: int, window: int) -> dict[int, Future[bytes]]:
         """Claim the run of pages that one range request brings; the caller holds the lock."""
@@ -113,6 +116,7 @@ class Fetcher:
 
     def _fly(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
         pages = self._obtain(snapshot, layer, pgno, max(flights))
+        self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
         for number, data in pages:
             self._cache.put(number, layer.number, data)
             if number in flights:

@@ -156,10 +156,13 @@ class Follower:
             self._list()
 
     def _probe(self) -> bool | None:
-        """Take the next level-0 file: True if it was applied, None if it is not there, False after a listing."""
+        """Take the next file: True if the head has moved, None if it is not there, False if a listing did not help."""
         head = self._head.current
+        following = head.txid + 1
         try:
-            arrival = self._layers.probe(FileName(head.txid + 1, head.txid + 1))
+            arrival = self._layers.probe(0, FileName(following, following))
+            if arrival is None and head.last.file.level == SNAPSHOT_LEVEL:
+                arrival = self._layers.probe(SNAPSHOT_LEVEL, FileName(1, following))  # as `publish` goes on
         except LTXError as exc:
             log.warning("the next transaction cannot be read (%s); looking for another file that holds it", exc)
             self._list()

@@ -86,13 +86,16 @@ class Hydrator:
 
     @property
     def progress(self) -> float:
-        """0..100; 100.0 exactly when every page of the current snapshot is local."""
+        """0..100; 100.0 exactly when the local file is the current snapshot's database (where it was asked for, too).
+
+        A pinned older snapshot keeps newer pages in the log: local, but not in the file yet.
+        """
         head, filling = self._head.current, self._filling
         if filling is None:
             return 0.0
-        if filling.complete is head:
-            # With a hydration_path, complete means also that it can be found there.
-            return 100.0 if filling.published or self._work.published_at is None else 99.9
+        there = filling.published or self._work.published_at is None
+        if filling.complete is head and there and not filling.copy.pending:
+            return 100.0
         total = max(1, head.commit - (head.lock_pgno <= head.commit))
         return min(99.9, 100 * filling.copy.present / total)
 

@@ -111,9 +111,9 @@ class Layers:
                     "a new snapshot by the primary replaces it"
                 ) from again
 
-    def probe(self, name: FileName) -> Arrival | None:
-        """The level-0 file of that name if it is there: one request, usually with all its bytes."""
-        found = self._store.get(0, name, ARRIVAL_LIMIT, self._timeout)
+    def probe(self, level: int, name: FileName) -> Arrival | None:
+        """The file of that name if it is there: one request, usually with all its bytes."""
+        found = self._store.get(level, name, ARRIVAL_LIMIT, self._timeout)
         if found is None:
             return None
         file, data = found

@@ -203,8 +203,6 @@ class _Pages:
         self._file = file
         self._cookie = cookie
         header = file.read(100)
-        if not header:
-            raise ConfigError("the database is empty (0 bytes): create a table first; LTX cannot describe it")
         stored = int.from_bytes(header[16:18])
         self.page_size = 65536 if stored == 1 else stored
         self.commit = file.seek(0, 2) // self.page_size

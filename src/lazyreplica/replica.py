@@ -94,7 +94,7 @@ class Replica:
 
     @property
     def hydration_progress(self) -> float:
-        """0..100; 100.0 exactly when every page of the head is local."""
+        """0..100; 100.0 exactly when every page of the head is in the local file."""
         return self._hydrator.progress if self._hydrator else 0.0
 
     @property
@@ -115,7 +115,7 @@ class Replica:
                 "connection of its own, opened after the fork"
             )
         if self._follower.poll_if_idle(self.options.staleness_limit):
-            self._head.show_current()
+            self._show_current()
         snapshot = self._head.pin()
         if snapshot.lineage.number != lineage:
             self._head.unpin(snapshot)
@@ -163,7 +163,7 @@ class Replica:
     def refresh(self) -> None:
         """Poll now: on return the head is the newest state in the store. Raises what made that impossible."""
         self._follower.poll(thorough=True)
-        self._head.show_current()
+        self._show_current()
 
     def wait_for(self, txid: int, timeout: float) -> None:
         """Return once the head has reached `txid`; raises `WaitTimeout` after `timeout` seconds."""
@@ -183,7 +183,7 @@ class Replica:
                 trouble = exc
             polled = True
             self._head.wait_beyond(txid - 1, min(_WAIT_STEP, max(0.0, deadline - time.monotonic())))
-        self._head.show_current()
+        self._show_current()
 
     def close(self) -> None:
         """Stop and join the threads, remove a private local copy, drop connections. Idempotent."""
@@ -215,6 +215,11 @@ class Replica:
             self._hydrator.replace(after)
         else:
             self._head.replace(after)
+
+    def _show_current(self) -> None:
+        self._head.show_current()
+        if self._hydrator:
+            self._hydrator.unpinned()
 
     def _catch_up(self) -> bool:
         """For the relocator: know every layer up to the newest, and that the store still holds our history."""

@@ -132,7 +132,10 @@ class S3Store:
                 raise self._client.refusal(reply, request)
             if not reply.complete:
                 raise StoreError(f"{self._url}: {what}: a page is larger than {_PAGE_LIMIT} bytes; is this S3?")
-            return parse_page(reply.body, prefix)
+            try:
+                return parse_page(reply.body, prefix)
+            except StoreError as exc:
+                raise StoreError(f"{self._url}: {what}: {exc}") from exc
 
         return self._client.call(request, deadline, accept, lambda _: Window(0, _PAGE_LIMIT))
 

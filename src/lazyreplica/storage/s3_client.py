@@ -174,7 +174,10 @@ class S3Client:
             return AccessDenied(
                 f"{where}: {found}: {reason}. Used: {self._credentials.description}; {self._credentials.advice}"
             )
-        return StoreError(f"{where}: unexpected reply {found} from {self.url.origin}; is that an S3 endpoint?")
+        unsigned = "" if self._credentials.get() else f"; no credentials were found: {self._credentials.advice}"
+        return StoreError(
+            f"{where}: unexpected reply {found} from {self.url.origin}; is that an S3 endpoint?{unsigned}"
+        )
 
     def close(self) -> None:
         self._connections.close()
