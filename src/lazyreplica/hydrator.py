@@ -64,7 +64,7 @@ class Hydrator:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._filler = Filler(store, layers, head, fetcher, relocator, self._stop, options.read_timeout)
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()
         """Held while what is complete is compared with the head, and while the head is changed."""
         self._filling: _Filling | None = self._begin(head.current)
         self._thread = threading.Thread(target=self._run, name="lazyreplica-hydrator", daemon=True)
@@ -135,7 +135,7 @@ class Hydrator:
             self._head.advance(after)
             if local and filling is not None:
                 filling.progress.finished.add(arrival.layer.number)
-                self._settle()  # first, so that the complete file is the head's, unless readers hold it back
+                self.settle()  # first, so that the complete file is the head's, unless readers hold it back
                 if was_complete and self._filling is filling:
                     filling.complete = after
         self._wake.set()
@@ -180,7 +180,7 @@ class Hydrator:
         self._work.withdraw()
         shutil.rmtree(filling.copy.path.parent, ignore_errors=True)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Fold into the file whatever no pinned snapshot keeps out of it; publish it once it is one transaction."""
         filling = self._filling
         if filling is None:
@@ -201,7 +201,7 @@ class Hydrator:
             filling, head = self._filling, self._head.current
             try:
                 if filling is None or filling.lineage != head.lineage.number or filling.complete is head:
-                    self._settle()
+                    self.settle()
                     self._wake.wait()
                 else:
                     self._fill(filling, head)
@@ -227,7 +227,7 @@ class Hydrator:
                     filling.complete = head
                     filling.progress.finished &= {layer.number for layer in head.pages.layers()}
         elif outcome is Outcome.FULL:
-            self._settle()
+            self.settle()
             self._stop.wait(_RETRY)
 
 

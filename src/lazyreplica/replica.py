@@ -219,7 +219,7 @@ class Replica:
     def _show_current(self) -> None:
         self._head.show_current()
         if self._hydrator:
-            self._hydrator.unpinned()
+            self._hydrator.settle()
 
     def _catch_up(self) -> bool:
         """For the relocator: know every layer up to the newest, and that the store still holds our history."""
