@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from replicas import ReplicaDirectory, engine_threads, until
 
+from lazyreplica import layers
 from lazyreplica.config import ENVIRONMENT, URL_VARIABLE
 
 
@@ -24,3 +25,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def directory(tmp_path: Path) -> ReplicaDirectory:
     return ReplicaDirectory(tmp_path / "replica")
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are not fetched whole at open: the hydrator has to read them."""
+    monkeypatch.setattr(layers, "KEEP_FILE", 0)

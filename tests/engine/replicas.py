@@ -269,3 +269,27 @@ def make_snapshot(layers: list[Layer], lineage: Lineage | None = None) -> Snapsh
 
 def engine_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("lazyreplica")]
+
+
+# -- hydration --
+
+FULL = {"hydrate": True}
+
+
+def complete(replica: Replica) -> bool:
+    return replica.hydration_progress == 100.0
+
+
+def hydration_file(replica: Replica) -> Path:
+    assert replica.hydration_file is not None
+    return Path(replica.hydration_file)
+
+
+def long_replica(directory: ReplicaDirectory) -> History:
+    history, _ = start(directory.path, 40)
+    for written in ([3, 5], [5, 41], [1, 2, 40]):
+        history.commit(written)
+        directory.sync(history)
+    history.commit([7], size=30)
+    directory.sync(history)
+    return history

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 from replicas import (
+    FULL,
     PAGE_SIZE,
-    History,
     ReplicaDirectory,
     SpyStore,
+    complete,
+    hydration_file,
+    long_replica,
     opened,
     pinned,
     read_database,
@@ -23,36 +26,8 @@ from replicas import (
 
 from lazyreplica import filling, layers, localcopy
 from lazyreplica.errors import LTXError
-from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
 from lazyreplica.workdir import WorkDirectory
-
-FULL = {"hydrate": True}
-
-
-@pytest.fixture
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are not fetched whole at open: the hydrator has to read them."""
-    monkeypatch.setattr(layers, "KEEP_FILE", 0)
-
-
-def complete(replica: Replica) -> bool:
-    return replica.hydration_progress == 100.0
-
-
-def hydration_file(replica: Replica) -> Path:
-    assert replica.hydration_file is not None
-    return Path(replica.hydration_file)
-
-
-def long_replica(directory: ReplicaDirectory) -> History:
-    history, _ = start(directory.path, 40)
-    for written in ([3, 5], [5, 41], [1, 2, 40]):
-        history.commit(written)
-        directory.sync(history)
-    history.commit([7], size=30)
-    directory.sync(history)
-    return history
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from replicas import (
-    History,
+    FULL,
     ReplicaDirectory,
     SpyStore,
+    complete,
+    hydration_file,
+    long_replica,
     opened,
     pinned,
     read_database,
@@ -20,38 +23,11 @@ from replicas import (
     until,
 )
 
-from lazyreplica import filling, layers
+from lazyreplica import filling
 from lazyreplica.errors import ConfigError
 from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
 from lazyreplica.workdir import WorkDirectory
-
-FULL = {"hydrate": True}
-
-
-@pytest.fixture
-def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are not fetched whole at open: the hydrator has to read them."""
-    monkeypatch.setattr(layers, "KEEP_FILE", 0)
-
-
-def complete(replica: Replica) -> bool:
-    return replica.hydration_progress == 100.0
-
-
-def hydration_file(replica: Replica) -> Path:
-    assert replica.hydration_file is not None
-    return Path(replica.hydration_file)
-
-
-def long_replica(directory: ReplicaDirectory) -> History:
-    history, _ = start(directory.path, 40)
-    for written in ([3, 5], [5, 41], [1, 2, 40]):
-        history.commit(written)
-        directory.sync(history)
-    history.commit([7], size=30)
-    directory.sync(history)
-    return history
 
 
 def test_hydration_path_appears_whole_and_goes_at_close(directory: ReplicaDirectory, tmp_path: Path) -> None:
