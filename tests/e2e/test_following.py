@@ -573,6 +573,8 @@ def test_a_sleeper_that_knows_no_file_any_more_follows_a_healthy_path(
             assert one(replica, "SELECT n FROM pulse") == 0
             writer.stop()
             with replicating(db, file_replica_dir, **COMPACTING) as compacting:
+                # What ends where the sleeper stands has to outlast it: that is the proof.
+                eventually(lambda: any((f.level, f.max_txid) == (1, 1) for f in compacting.ltx_files()))
                 run(db, transactions=1)
                 compacting.wait_synced()
                 eventually(lambda: min(f.min_txid for f in compacting.ltx_files() if f.level == 0) > 1)

@@ -189,7 +189,8 @@ def serve_seaweed(directory: Path) -> Iterator[S3Server]:
         "-ip=127.0.0.1",
         "-ip.bind=127.0.0.1",
         "-master.telemetry=false",
-        "-volume.max=100",
+        # A bucket takes volumes of its own: without these two, some 25 buckets fill the server.
+        "-volume.max=1000",
         "-s3",
         f"-s3.config={config}",
         "-s3.port.iceberg=0",
@@ -199,7 +200,8 @@ def serve_seaweed(directory: Path) -> Iterator[S3Server]:
         f"-volume.port={volume}",
         f"-filer.port={filer}",
     ]
-    process = Process(command, log=directory / "seaweed.log", env=clean_env(), cwd=directory)
+    environment = clean_env({"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"})
+    process = Process(command, log=directory / "seaweed.log", env=environment, cwd=directory)
     try:
         server = S3Server("seaweed", f"http://127.0.0.1:{s3}", None, process)
         client = server.client()
