@@ -118,7 +118,7 @@ def _tell(given: argparse.Namespace, facts: dict[str, Any], workloads: list[Work
         if together:
             print(f"\n{together}")
     if given.baseline:
-        print(f"\n{report.against(results, given.baseline)}")
+        print(f"\n{report.against(results, facts['data'], given.baseline)}")
     if given.picture:
         report.picture(given.picture, table, workloads, contenders, caption)
     bad = report.problems(results)

@@ -62,7 +62,7 @@ def ratio(ours: float | None, theirs: float | None) -> str:
     if ours is None or not theirs:
         return "-"
     value = ours / theirs
-    return f"{value:,.0f}x" if value >= 100 else f"{value:.2g}x" if value >= 0.01 else f"{value:.1g}x"
+    return f"{value:,.0f}x" if value >= 10 else f"{value:.2f}x" if value >= 0.1 else f"{value:.2g}x"
 
 
 # Tables
@@ -170,10 +170,13 @@ def problems(results: Iterable[Result]) -> list[str]:
     return [f"{r.contender}, {r.rtt * 1e3:g} ms, {r.workload}, {r.step}: {r.status.upper()}: {r.detail}" for r in bad]
 
 
-def against(results: Sequence[Result], baseline: dict[str, Any]) -> str:
+def against(results: Sequence[Result], data: dict[str, Any], baseline: dict[str, Any]) -> str:
     """Ours against an earlier run of ours: time, requests, bytes, CPU and memory, each as now / then."""
     then = Table(load(baseline))
     sections = []
+    other = [name for name in data if data[name] != baseline["data"].get(name, data[name])]
+    if other:
+        sections.append(f"The baseline was measured on other data: {', '.join(other)}. The ratios mean little.")
     for rtt in sorted({r.rtt for r in results}):
         rows = [["work", "ms then", "ms now", "now/then", "requests", "MB", "CPU", "memory"]]
         for now in results:
@@ -232,10 +235,15 @@ def picture(path: Path, table: Table, workloads: Sequence[Workload], contenders:
     for axis, rtt in zip(axes[0], table.rtts, strict=True):
         for place, name in enumerate(contenders):
             for row, (workload, step) in enumerate(steps):
+                y = row + (place - (len(contenders) - 1) / 2) * height
                 seconds = table.value(rtt, workload, step, name, "seconds")
                 if not seconds:
+                    why = _time(table, rtt, workload, step, name)
+                    if why != "-":
+                        # at the left edge, wherever that is going to be
+                        where = axis.get_yaxis_transform()
+                        axis.text(0.01, y, why, va="center", fontsize=6, color=_COLOURS[name], transform=where)
                     continue
-                y = row + (place - (len(contenders) - 1) / 2) * height
                 axis.barh(y, seconds * 1e3, height, color=_COLOURS[name], label=_LABELS[name] if row == 0 else None)
                 axis.text(seconds * 1e3 * 1.1, y, milliseconds(seconds), va="center", fontsize=6)
         axis.set_xscale("log")
@@ -250,7 +258,7 @@ def picture(path: Path, table: Table, workloads: Sequence[Workload], contenders:
     axes[0][0].invert_yaxis()
     handles = [Patch(color=_COLOURS[name]) for name in contenders]
     figure.legend(handles, [_LABELS[name] for name in contenders], loc="upper center", ncols=3, frameon=False)
-    figure.text(0.01, 0.005, "\n".join(textwrap.wrap(caption, 110)), fontsize=6)
+    figure.text(0.01, 0.005, "\n".join(textwrap.wrap(caption, 80 + 90 * len(table.rtts))), fontsize=6)
     figure.tight_layout(rect=(0, 0.02, 1, 0.96))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

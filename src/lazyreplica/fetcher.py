@@ -22,6 +22,8 @@ from lazyreplica.storage import Store
 
 log = logging.getLogger(__name__)
 
+_GAP = 64 << 10
+"""Frames that are not wanted are read over up to this many bytes in a row."""
 Page = tuple[int, bytes]
 
 
@@ -79,21 +81,18 @@ class Fetcher:
         flights = {pgno: Future[bytes]()}
         self._flights[pgno, layer.number] = flights[pgno]
         at = layer.index.position(pgno)
-        total = 0
-        while at is not None and len(flights) < window and at + 1 < len(layer.index):
-            at += 1
-            following, _, size = layer.index.entry(at)
-            key = (following, layer.number)
-            total += size
-            if (
-                total > MAX_BYTES
-                or following > snapshot.commit
-                or key in self._flights
-                or key in self._cache
-                or snapshot.pages.owner(following) is not layer
-            ):
+        assert at is not None, "the page map named this layer as the page's owner"
+        _, start, size = layer.index.entry(at)
+        wanted_end = start + size
+        for position in range(at + 1, min(at + window, len(layer.index))):
+            following, offset, size = layer.index.entry(position)
+            if following > snapshot.commit or offset + size - start > MAX_BYTES or offset - wanted_end > _GAP:
                 break
-            flights[following] = self._flights[key] = Future[bytes]()
+            key = (following, layer.number)
+            # A page that a newer file holds, or that is here already, is read over: bytes are cheaper than a request.
+            if key not in self._flights and key not in self._cache and snapshot.pages.owner(following) is layer:
+                flights[following] = self._flights[key] = Future[bytes]()
+                wanted_end = offset + size
         return flights
 
     def _lead(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
@@ -115,12 +114,11 @@ class Fetcher:
         return page
 
     def _fly(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        pages = self._obtain(snapshot, layer, pgno, max(flights))
+        pages = self._obtain(snapshot, layer, list(flights))
         self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
         for number, data in pages:
             self._cache.put(number, layer.number, data)
-            if number in flights:
-                flights[number].set_result(data)
+            flights[number].set_result(data)
         for number, flight in flights.items():
             if not flight.done():
                 flight.set_exception(FileVanished(f"page {number} did not come with page {pgno}"))
@@ -139,34 +137,40 @@ class Fetcher:
             alone = {pgno: Future[bytes]()}
             return self._fly(alone, snapshot, layer, pgno)
 
-    def _read_run(self, layer: Layer, first: int, last: int) -> list[Page]:
-        """The pages of `layer` from `first` to `last`, in one request."""
-        index = layer.index
-        start, end = index.position(first), index.position(last)
-        assert start is not None and end is not None
-        entries = [index.entry(at) for at in range(start, end + 1)]
-        base = entries[0][1]
-        length = entries[-1][1] + entries[-1][2] - base
+    def _read_run(self, layer: Layer, pgnos: list[int]) -> list[Page]:
+        """Those pages of `layer`, ascending, in one request for all that lies between the first and the last."""
+        entries = []
+        for pgno in pgnos:
+            entry = layer.index.get(pgno)
+            assert entry is not None, "only pages of this layer are asked for"
+            entries.append(entry)
+        base = entries[0][0]
+        length = sum(entries[-1]) - base
         data = memoryview(self._store.read(layer.file, base, length, self._timeout))
         size = layer.header.page_size
-        return [(p, decode_frame(data[at - base : at - base + n], p, size)) for p, at, n in entries]
+        return [
+            (pgno, decode_frame(data[at - base : at - base + n], pgno, size))
+            for pgno, (at, n) in zip(pgnos, entries, strict=True)
+        ]
 
-    def _obtain(self, snapshot: Snapshot, layer: Layer, pgno: int, last: int) -> list[Page]:
-        """Page `pgno` first, and up to `last` those that came along; from other files if this one has vanished."""
+    def _obtain(self, snapshot: Snapshot, layer: Layer, pgnos: list[int]) -> list[Page]:
+        """The first of those pages, and the others if they come along; from another file if this one has vanished."""
         try:
             if not self._relocator.is_gone(layer):
-                return self._read_twice(layer, pgno, last)
+                return self._read_twice(layer, pgnos)
         except FileVanished as exc:
             log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
-        return [(pgno, self._elsewhere(snapshot, layer, pgno))]
+        return [(pgnos[0], self._elsewhere(snapshot, layer, pgnos[0]))]
 
-    def _read_twice(self, layer: Layer, pgno: int, last: int) -> list[Page]:
+    def _read_twice(self, layer: Layer, pgnos: list[int]) -> list[Page]:
+        """The pages; when some are damaged, the first one alone, fetched again."""
+        pgno = pgnos[0]
         try:
-            return self._read_run(layer, pgno, last)
+            return self._read_run(layer, pgnos)
         except LTXError as exc:
             log.warning("%s gave damaged bytes (%s); fetching page %d again", layer, exc, pgno)
         try:
-            return self._read_run(layer, pgno, pgno)
+            return self._read_run(layer, [pgno])
         except LTXError as exc:
             raise LTXError(f"page {pgno} in {layer} of {self._store.url} is damaged: {exc}") from exc
 
@@ -176,7 +180,7 @@ class Fetcher:
             other = self._relocator.find(snapshot, pgno, gone)
             try:
                 kept = self._layers.kept(other)
-                return _page_of(kept, other, pgno) if kept else self._read_twice(other, pgno, pgno)[0][1]
+                return _page_of(kept, other, pgno) if kept else self._read_twice(other, [pgno])[0][1]
             except FileVanished as exc:
                 log.info("%s is gone too (%s)", other, exc)
                 gone = other

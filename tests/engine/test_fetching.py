@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replicas import History, ReplicaDirectory, SpyStore, opened, pinned, read_page, start, until
 
-from lazyreplica import layers
+from lazyreplica import fetcher, layers
 from lazyreplica.errors import LTXError, SnapshotGone, StoreUnavailable
 from lazyreplica.ltx.name import FileName
 from lazyreplica.prefetch import SequentialWindow
@@ -91,7 +91,7 @@ def test_a_page_that_another_reads_ahead_is_joined(directory: ReplicaDirectory, 
     cut=st.integers(1, 20),
 )
 @settings(max_examples=60, deadline=None)
-def test_a_window_stays_within_its_layer_and_the_database(
+def test_a_window_brings_the_pages_of_its_layer_within_the_database(
     window: int, first: int, written: set[int], cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     history, directory = start(tmp_path_factory.mktemp("replica"), 20)
@@ -106,30 +106,48 @@ def test_a_window_stays_within_its_layer_and_the_database(
         owner = snapshot.owner(first)
         file, offset, length = spy.reads[-1]
         assert file == owner.file
-        came = [p for p, at, _ in owner.index.frames(0, len(owner.index)) if offset <= at < offset + length]
-        assert came[0] == first
-        assert len(came) <= window
-        assert all(p <= cut and snapshot.owner(p) is owner for p in came), "nothing in vain"
-        expected: list[int] = []
-        for p in owner.index.pgnos:
-            if p >= first:
-                if p > cut or snapshot.owner(p) is not owner or len(expected) == window:
-                    break
-                expected.append(p)
-        assert came == expected
+        at = owner.index.position(first)
+        assert at is not None
+        expected = [
+            p
+            for p, _, _ in owner.index.frames(at, min(at + window, len(owner.index)))
+            if p <= cut and snapshot.owner(p) is owner
+        ]
+        start_of, end_of = owner.index.get(expected[0]), owner.index.get(expected[-1])
+        assert start_of is not None and end_of is not None
+        assert (offset, offset + length) == (start_of[0], sum(end_of)), "from the first wanted frame to the last"
+        came = [p for p in range(1, 21) if (p, owner.number) in replica._cache]
+        assert came == expected, "what newer files hold is read over"
         for p in came:
             assert (p, owner.number) in replica._cache
             assert read_page(replica, snapshot, p) == history.states[2][p]
         assert len(spy.reads) == before + 1
 
 
-def test_a_window_stops_at_a_page_that_is_here_already(directory: ReplicaDirectory, spy: SpyStore) -> None:
+def test_a_window_reads_over_a_page_that_is_here_already(directory: ReplicaDirectory, spy: SpyStore) -> None:
     start(directory.path)
     with opened(spy) as replica, pinned(replica) as snapshot:
         fetch(replica, snapshot, 5, 1)
-        fetch(replica, snapshot, 2, 8)
+        before = len(spy.reads)
+        fetch(replica, snapshot, 2, 7)
         layer = snapshot.owner(1)
-        assert [p for p in range(1, 9) if (p, layer.number) in replica._cache] == [2, 3, 4, 5]
+        assert [p for p in range(1, 10) if (p, layer.number) in replica._cache] == [2, 3, 4, 5, 6, 7, 8]
+        assert len(spy.reads) == before + 1
+
+
+def test_a_long_gap_ends_a_window(directory: ReplicaDirectory, spy: SpyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that a newer file holds are read over only while that costs less than another request."""
+    history, _ = start(directory.path)
+    history.commit([4, 5, 6])
+    directory.sync(history)
+    with opened(spy) as replica, pinned(replica) as snapshot:
+        size = snapshot.owner(3).index.entry(3)[2]
+        for gap, expected in ((2 * size, [2, 3]), (3 * size, [2, 3, 7, 8])):
+            monkeypatch.setattr(fetcher, "_GAP", gap)
+            replica._cache.drop_version(snapshot.owner(2).number)
+            fetch(replica, snapshot, 2, 7)
+            base = snapshot.owner(2)
+            assert [p for p in range(1, 10) if (p, base.number) in replica._cache] == expected
 
 
 def spoil(spy: SpyStore, times: int) -> list[int]:
