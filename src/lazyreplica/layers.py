@@ -28,13 +28,13 @@ from lazyreplica.storage import Store, StoredFile
 log = logging.getLogger(__name__)
 
 KEEP_FILE = 256 << 10
-"""Files up to this many bytes are fetched whole when opened, and kept."""
+"""Files up to this many bytes are fetched whole when opened."""
 VERIFY_FILE = 8 << 20
 """Increments up to this many bytes are read whole and verified when opened: a page index is covered by nothing but the
 file's checksum, and a wrong page number in it would let an older page show through. (Of a snapshot's index every entry
 is determined by its neighbours.)"""
 KEEP_TOTAL = 16 << 20
-"""Bytes of whole files kept in all; the least recently used go first."""
+"""Whatever was fetched whole is kept, up to this many bytes in all; the least recently used files go first."""
 ARRIVAL_LIMIT = 8 << 20
 """A new transaction's file up to this many bytes is taken whole with the request that finds it."""
 _TAIL = 64 << 10
@@ -143,7 +143,7 @@ class Layers:
     def _adopt_whole(self, file: StoredFile, data: bytes) -> Layer:
         decoded = decode_file(data)
         layer = self._adopt(file, decoded.header, decoded.index)
-        if len(data) <= KEEP_FILE:
+        if len(data) <= KEEP_TOTAL:
             with self._lock:
                 self._kept[layer.number] = data
         return layer

@@ -22,6 +22,7 @@ from lazyreplica.storage import StoredFile
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
+    monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
 
 
 @pytest.fixture

@@ -226,6 +226,7 @@ def entries_of(data: bytes) -> list[tuple[int, int, int]]:
 def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "large":
         monkeypatch.setattr(layers, "KEEP_FILE", 100)
+        monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
         monkeypatch.setattr(layers, "_TAIL", 200)
 
 
@@ -282,6 +283,7 @@ def test_a_snapshot_that_announces_a_huge_database_is_an_error(
         path = put(replica, 0, 1, 1, data[:12] + commit.to_bytes(4, "big") + data[16:])
         for keep in (100, 256 << 10):
             monkeypatch.setattr(layers, "KEEP_FILE", keep)
+            monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
             assert path.name in failure(url, LTXError, hydrate=hydrate)
 
 
