@@ -36,7 +36,7 @@ def main() -> int:
     names = dict.fromkeys(GROUPS[group][0] for group in given.only)
     sets = {name: dataset(name, size, CACHE, say) for name in names}
     workloads = [workload for group in given.only for workload in GROUPS[group][1](sets[GROUPS[group][0]])]
-    facts = {
+    facts: dict[str, Any] = {
         "machine": machine(),
         "options": {
             "rtt_ms": given.rtt,
@@ -55,6 +55,7 @@ def main() -> int:
         Proxy(server.port) as proxy,
     ):
         bench = Bench(server, proxy, Path(directory), say)
+        facts["code"] = bench.fingerprint
         for data in sets.values():
             bench.upload(data)
         results: Run = []
@@ -106,7 +107,8 @@ def _tell(given: argparse.Namespace, facts: dict[str, Any], workloads: list[Work
     contenders = [name for name in NAMES if name in given.contenders]
     about = facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    caption = f"{about['cpus']} CPUs ({about['cpu']}), Python {about['python']}; {versions}; {about['time']}"
+    where = f"{about['cpus']} CPUs ({about['cpu']}), Python {about['python']}"
+    caption = f"{where}; {versions}; code {facts['code']}; {about['time']}"
     print(f"{caption}\n\nMedian of {given.repeat}. Memory: anonymous, above what the imports take; MB: received.")
     for rtt in table.rtts:
         cap = given.cap if rtt else 0

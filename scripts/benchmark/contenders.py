@@ -53,6 +53,9 @@ class Us:
         import lazyreplica
         import lazyreplica_vfs
 
+        # The installed package is the checkout, which somebody may be editing.
+        frozen = os.environ["PYTHONPATH"]
+        assert str(lazyreplica.__file__).startswith(frozen) and str(lazyreplica_vfs.__file__).startswith(frozen)
         for package in (lazyreplica, lazyreplica_vfs):
             for module in walk_packages(package.__path__, f"{package.__name__}."):
                 # The command line needs an extra; botocore (credentials) is imported where it is used, if at all.

@@ -196,9 +196,8 @@ def against(results: Sequence[Result], data: dict[str, Any], baseline: dict[str,
                 ]
             )
         if len(rows) > 1:
-            sections.append(
-                f"us against the baseline of {baseline['machine']['time']}, RTT {rtt * 1e3:g} ms\n\n{markdown(rows)}"
-            )
+            what = f"the baseline of {baseline['machine']['time']} (code {baseline.get('code', '?')})"
+            sections.append(f"us against {what}, RTT {rtt * 1e3:g} ms\n\n{markdown(rows)}")
     return "\n\n".join(sections) or "the baseline has nothing in common with this run"
 
 

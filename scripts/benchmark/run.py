@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +29,7 @@ from lazyreplica.ltx import HEADER_SIZE, Header
 from support.process import tail
 from support.servers import S3Server
 
-SCRIPTS = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 _SAMPLE_EVERY = 0.02
 _END_TIMEOUT = 20.0
 
@@ -66,10 +68,23 @@ class Result:
     """Of every run, where there were several."""
 
 
+def freeze(target: Path) -> str:
+    """Copy the code that is measured, so that edits during a run do not mix versions. Returns its fingerprint."""
+    mark = hashlib.sha256()
+    for root, package in (("src", "lazyreplica"), ("vfs", "lazyreplica_vfs"), ("scripts", "benchmark")):
+        shutil.copytree(PROJECT / root / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
+        if package != "benchmark":
+            for path in sorted((target / package).rglob("*.py")):
+                mark.update(f"{path.relative_to(target)}\0".encode() + path.read_bytes())
+    return mark.hexdigest()[:12]
+
+
 class Bench:
     """The server side: one S3 server, one proxy in front of it, one bucket with every data set."""
 
     def __init__(self, server: S3Server, proxy: Proxy, directory: Path, say: Say) -> None:
+        self._code = directory / "code"
+        self.fingerprint = freeze(self._code)
         self._server = server
         self._proxy = proxy
         self._directory = directory
@@ -109,7 +124,7 @@ class Bench:
             self._proxy.set(link)
             env = {**clean_environment(), **self._server.env, **environment(contender, target)}
             results: list[Result] = []
-            with _worker(target, env, Path(directory) / "stderr") as worker:
+            with _worker(target, {**env, "PYTHONPATH": str(self._code)}, Path(directory) / "stderr") as worker:
                 for step in workload.steps:
                     result = Result(workload.name, step.name, contender, link.rtt, "ok")
                     results.append(result)
@@ -210,7 +225,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**env, "PYTHONPATH": str(SCRIPTS)},
+                env=env,
                 cwd=log.parent,
                 text=True,
             )

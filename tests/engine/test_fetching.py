@@ -296,6 +296,7 @@ def test_small_files_are_fetched_whole_and_never_again(
     directory: ReplicaDirectory, spy: SpyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 1 << 20)
+    monkeypatch.setattr(layers, "KEEP_TOTAL", 1 << 20)
     history, _ = start(directory.path)
     history.commit([3])
     directory.sync(history)
