@@ -172,6 +172,13 @@ def _parse_seconds(value: object, source: str) -> float:
     return seconds
 
 
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 (another thread of the parent may have held it at the moment of the fork)
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
 _configured: dict[str, tuple[str, Options]] = {}
 _lock = threading.Lock()
 

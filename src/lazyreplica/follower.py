@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from lazyreplica.clock import now
-from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, ReplicaDamaged, ReplicaGap
+from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, ReplicaDamaged, ReplicaGap, StoreUnavailable
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers, check_page_size
 from lazyreplica.ltx.name import FileName, format_txid
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LIST_EVERY = 10.0
 """Seconds between listings while nothing arrives."""
+_PATIENCE = 5.0
+"""Seconds that a transaction which starts after a sleep gives each request of its poll."""
 _PROBES = 16
 """New files taken one by one before a listing is asked for: far behind, compacted files lead there faster."""
 
@@ -57,8 +59,13 @@ class Follower:
         """Files known to belong to the current lineage, as the last listing showed them, and those found since."""
         self.standing = True
         """Whether the last listing still showed a file of our history that ends where the head stands."""
+        self._set_back = 0
+        """Listings in a row that did not hold the transaction we stand on, nor a newer one."""
         self._misses = 0
         self._listed_at = self._tried_at = now()
+        self._started_at = self._awaited = self._tried_at
+        self._limit = timeout
+        """Seconds for a request of the poll that is under way."""
         self._polled_at: float | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,7 +91,8 @@ class Follower:
 
     def join(self, timeout: float) -> None:
         """After `stop`: wait for the thread, at most `timeout` seconds."""
-        if self._thread is not None:
+        # A connection may be closed by the garbage collector, which runs in any thread, this one included.
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
     def _run(self, interval: float) -> None:
@@ -109,36 +117,42 @@ class Follower:
                     log.info("following %s again", self._store.url)
                 failing = False
 
-    def poll(self, *, thorough: bool = False) -> None:
+    def poll(self, *, thorough: bool = False, timeout: float | None = None) -> None:
         """Look for new transactions once, and apply what is there.
 
         `thorough` asks for a listing even if the next file is not there, so that on return the head is the newest
-        state that the store showed. Raises `StoreError`, `LTXError`, `ReplicaError`; the head then stays as it is.
+        state that the store showed. `timeout`: seconds for each request, and to wait for a poll that is under way.
+        Raises `StoreError`, `LTXError`, `ReplicaError`; the head then stays as it is.
         """
-        with self._lock:
-            try:
-                self._poll(thorough)
-                self._polled_at = now()
-            finally:
-                self._tried_at = now()
+        limit = self._timeout if timeout is None else min(timeout, self._timeout)
+        if not self._lock.acquire(timeout=-1 if timeout is None else limit):
+            raise StoreUnavailable(f"{self._store.url}: a poll that is under way did not end within {limit:g} seconds")
+        try:
+            self._started_at = now()
+            self._limit = limit
+            self._poll(thorough)
+            self._polled_at = now()
+        finally:
+            self._tried_at = now()
+            self._lock.release()
 
     def poll_if_idle(self, limit: float) -> bool:
         """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged.
 
-        Returns whether it polled.
+        Never waits for a poll that is under way, unless that one began before a sleep: an outage must not stop readers
+        of what is local. Returns whether it polled.
         """
         if self.idle <= limit:
             return False
-        with self._lock:
-            if self.idle <= limit:
+        if self._lock.locked():
+            started = self._started_at
+            if now() - started <= limit + self._timeout or started == self._awaited:
                 return False
-            try:
-                self._poll(thorough=True)
-                self._polled_at = now()
-            except LazyReplicaError as exc:
-                log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
-            finally:
-                self._tried_at = now()
+            self._awaited = started
+        try:
+            self.poll(thorough=True, timeout=_PATIENCE)
+        except LazyReplicaError as exc:
+            log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
         return True
 
     def _poll(self, thorough: bool) -> None:
@@ -160,9 +174,11 @@ class Follower:
         head = self._head.current
         following = head.txid + 1
         try:
-            arrival = self._layers.probe(0, FileName(following, following))
+            arrival = self._layers.probe(0, FileName(following, following), self._limit)
             if arrival is None and head.last.file.level == SNAPSHOT_LEVEL:
-                arrival = self._layers.probe(SNAPSHOT_LEVEL, FileName(1, following))  # as `publish` goes on
+                arrival = self._layers.probe(
+                    SNAPSHOT_LEVEL, FileName(1, following), self._limit
+                )  # as `publish` goes on
         except LTXError as exc:
             log.warning("the next transaction cannot be read (%s); looking for another file that holds it", exc)
             self._list()
@@ -199,7 +215,7 @@ class Follower:
         """
         head = self._head.current
         for attempt in (1, 2):
-            listing = self._store.list_all(self._timeout)
+            listing = self._store.list_all(self._limit)
             self._listed_at = now()
             files = listing.files
             if not files:
@@ -209,6 +225,7 @@ class Follower:
                 ends = [file for file in files if file.name.max_txid == head.txid]
                 self.standing = any(file in self._recorded or self._ends_alike(file, head) for file in ends)
                 if self.standing:
+                    self._set_back = 0
                     self._walk(head, files, arrival)
                 else:
                     self._leap(head, files)
@@ -251,21 +268,24 @@ class Follower:
         newest = max(file.name.max_txid for file in files)
         ours = any(file in self._recorded for file in files)
         if ours and newest <= head.txid:
-            if newest < head.txid:
-                log.warning(
-                    "%s ends at TXID %s now, before ours; staying at %s",
-                    self._store.url,
-                    format_txid(newest),
-                    format_txid(head.txid),
-                )
-            return
+            # The transaction that we stand on is not there (any more, or as it was): put back to an older state, or
+            # rewritten. One listing may be out of date; two are not.
+            self._set_back += 1
+            log.warning(
+                "%s ends at TXID %s now, and does not hold TXID %s as we know it",
+                self._store.url,
+                format_txid(newest),
+                format_txid(head.txid),
+            )
+            if self._set_back < 2:
+                return
+            ours = False
         layers = self._layers.open_chain(plan(files))
         same = ours and layers[-1].header.page_size == head.page_size
         snapshot = stack_snapshot(layers, head.lineage.next_epoch() if same else Lineage())
         if not ours:
             log.warning(
-                "%s holds another database history now (none of the files that we know is there any more): TXID %s "
-                "replaces %s, open connections have to reopen",
+                "%s holds another database history now: TXID %s replaces %s, open connections have to reopen",
                 self._store.url,
                 format_txid(snapshot.txid),
                 format_txid(head.txid),

@@ -67,7 +67,8 @@ class Head:
         """The oldest snapshot of this history that anybody may still read: pinned, or current."""
         with self._changed:
             number = self._current.lineage.number
-            pinned = (snapshot for snapshot in self._pins if snapshot.lineage.number == number)
+            # A copy: the garbage collector may close a connection, and so unpin, at any allocation in here.
+            pinned = [snapshot for snapshot in list(self._pins) if snapshot.lineage.number == number]
             return min((self._current, *pinned), key=lambda snapshot: snapshot.txid)
 
     def advance(self, snapshot: Snapshot) -> None:
@@ -112,7 +113,7 @@ class Head:
     def _trim(self) -> None:
         lineage = self._current.lineage
         oldest = min(
-            (snapshot.txid for snapshot in self._pins if snapshot.lineage is lineage),
+            (snapshot.txid for snapshot in list(self._pins) if snapshot.lineage is lineage),
             default=self._current.txid,
         )
         while self._history and self._history[0].max_txid <= oldest:

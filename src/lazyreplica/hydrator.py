@@ -109,7 +109,8 @@ class Hydrator:
 
     def close(self) -> None:
         """After `stop`: join the thread and remove the local copy."""
-        if self._thread.ident is not None:
+        # A connection may be closed by the garbage collector, which runs in any thread, this one included.
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_TIMEOUT)
         self._filling = None
         self._work.remove()
@@ -228,7 +229,7 @@ class Hydrator:
                     filling.progress.finished &= {layer.number for layer in head.pages.layers()}
         elif outcome is Outcome.FULL:
             self.settle()
-            self._stop.wait(_RETRY)
+            self._wake.wait(_RETRY)  # until an old reader ends
 
 
 def make_work_directory(options: Options, snapshot: Snapshot, url: str) -> WorkDirectory | None:

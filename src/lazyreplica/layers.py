@@ -111,9 +111,9 @@ class Layers:
                     "a new snapshot by the primary replaces it"
                 ) from again
 
-    def probe(self, level: int, name: FileName) -> Arrival | None:
+    def probe(self, level: int, name: FileName, timeout: float) -> Arrival | None:
         """The file of that name if it is there: one request, usually with all its bytes."""
-        found = self._store.get(level, name, ARRIVAL_LIMIT, self._timeout)
+        found = self._store.get(level, name, ARRIVAL_LIMIT, timeout)
         if found is None:
             return None
         file, data = found

@@ -11,6 +11,7 @@ import os
 import threading
 
 from lazyreplica.config import Options
+from lazyreplica.errors import LazyReplicaError
 from lazyreplica.replica import Replica
 from lazyreplica.storage import open_store
 from lazyreplica.storage.url import parse_replica_url
@@ -25,34 +26,52 @@ class _Entry:
         self.options = options
         self.lock = threading.Lock()
         self.replica: Replica | None = None
+        self.failure: LazyReplicaError | None = None
         self.users = 0
+        self.known = [options]
+        """Options that somebody asked for; each others' are warned about once."""
 
 
 _entries: dict[str, _Entry] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def acquire(url: str, options: Options) -> Replica:
     """The replica at `url`, opened if need be. Each call needs a `release`.
 
-    Options of a replica that is open already stay as they are; others are warned about. Raises what opening raises.
+    Options of a replica that is open already stay as they are; others are warned about. Raises what opening raises;
+    who waited for another thread's attempt gets its failure, not a turn of their own.
     """
     key = str(parse_replica_url(url))
+    fresh = _Entry(options)  # made outside of the lock: an allocation may run the garbage collector, which may release
     with _lock:
-        entry = _entries.setdefault(key, _Entry(options))
+        entry = _entries.setdefault(key, fresh)
         entry.users += 1
     try:
         with entry.lock:
+            if entry.failure is not None:
+                raise type(entry.failure)(*entry.failure.args) from entry.failure
             if entry.replica is None:
-                entry.options = options
-                entry.replica = Replica(open_store(url), options)
+                entry.replica = _open(url, key, entry)
                 return entry.replica
     except BaseException:
         _leave(key, entry)
         raise
-    if entry.options != options:
+    if options not in entry.known:
+        entry.known.append(options)
         log.warning("%s is open already with %s; %s is not used", key, entry.options, options)
     return entry.replica
+
+
+def _open(url: str, key: str, entry: _Entry) -> Replica:
+    try:
+        return Replica(open_store(url), entry.options)
+    except LazyReplicaError as exc:
+        entry.failure = exc
+        with _lock:
+            if _entries.get(key) is entry:
+                del _entries[key]  # whoever comes from now on tries again
+        raise
 
 
 def release(replica: Replica) -> None:
@@ -67,7 +86,8 @@ def _leave(key: str, entry: _Entry) -> None:
         entry.users -= 1
         if entry.users:
             return
-        _entries.pop(key, None)
+        if _entries.get(key) is entry:
+            del _entries[key]
     if entry.replica is not None:
         entry.replica.close()
 
@@ -84,7 +104,7 @@ def _close_all() -> None:
 
 def _after_fork_in_child() -> None:
     global _lock  # noqa: PLW0603 (another thread of the parent may have held it at the moment of the fork)
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     entries = list(_entries.values())
     _entries.clear()
     for entry in entries:

@@ -178,7 +178,7 @@ class Replica:
                     f"waiting for {format_txid(txid)}"
                 ) from trouble
             try:
-                self._follower.poll()
+                self._follower.poll(timeout=max(left, 0.1))
             except StoreUnavailable as exc:
                 trouble = exc
             polled = True
@@ -227,8 +227,7 @@ class Replica:
             self._follower.poll(thorough=True)
         except ReplicaGap as exc:
             log.info("%s cannot be followed: %s", self.url, exc)
-            return self._follower.standing
-        return True
+        return self._follower.standing
 
 
 def _open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:

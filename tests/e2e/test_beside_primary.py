@@ -177,7 +177,7 @@ def test_a_new_history_at_the_path_is_an_error_until_reopened(
             assert theirs > ours if ahead else theirs <= ours
             if ahead:
                 lazyreplica.refresh(db)
-            with pytest.raises(apsw.IOError, match="open it again") as caught:
+            with pytest.raises(apsw.CantOpenError, match="open it again") as caught:
                 eventually(lambda: list(db.execute(statement)) != [(3000, "ours ", "ours ")])
             assert isinstance(caught.value, LineageChanged)
             # what a transaction has pinned it keeps, or loses with an error

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import apsw
+
 from lazyreplica.config import Options
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, FileName, Header, PageIndex, encode_file
 from lazyreplica.pagemap import Layer, stack
@@ -154,6 +156,20 @@ def start(path: Path, size: int = 8, name: object = "db", **more: Any) -> tuple[
     history.commit(size=size)
     directory.sync(history)
     return history, directory
+
+
+def sqlite_history(path: Path, statements: list[str]) -> History:
+    """A real SQLite database, one transaction per statement."""
+    history = History(path.name, page_size=4096)
+    db = apsw.Connection(str(path))
+    for statement in statements:
+        db.execute(statement)
+        data = path.read_bytes()
+        pages = {n + 1: data[n * 4096 : (n + 1) * 4096] for n in range(len(data) // 4096)}
+        before = history.states[-1]
+        history.put({p: page for p, page in pages.items() if before.get(p) != page}, len(pages))
+    db.close()
+    return history
 
 
 class SpyStore:

@@ -10,6 +10,7 @@ import pytest
 from replicas import History, ReplicaDirectory, SpyStore, opened, pinned, read_database, read_page, start
 
 import lazyreplica
+from lazyreplica import layers
 from lazyreplica.errors import (
     BucketNotFound,
     EmptyReplica,
@@ -18,6 +19,7 @@ from lazyreplica.errors import (
     LTXError,
     ReplicaDamaged,
     ReplicaGap,
+    SnapshotGone,
 )
 
 STILL = {"hydrate": False, "poll_interval": 0}
@@ -214,16 +216,16 @@ def test_the_same_names_with_other_bytes_are_another_lineage(directory: ReplicaD
 def test_an_open_connection_must_reopen_and_a_new_one_sees_the_new_database(
     directory: ReplicaDirectory, tmp_path: Path
 ) -> None:
-    directory.write(sqlite_history(tmp_path / "a.db", ["CREATE TABLE a(x)"]), 0, 1)
+    directory.write(one_transaction(tmp_path / "a.db", ["CREATE TABLE a(x)"]), 0, 1)
     old = lazyreplica.connect(directory.url, **STILL)
     assert old.execute("SELECT name FROM sqlite_schema").get == "a"
     directory.wipe()
-    directory.write(sqlite_history(tmp_path / "b.db", ["CREATE TABLE b(x)"]), 0, 1)
+    directory.write(one_transaction(tmp_path / "b.db", ["CREATE TABLE b(x)"]), 0, 1)
     lazyreplica.refresh(old)
-    with pytest.raises(apsw.IOError, match="close this connection and open it again") as caught:
+    with pytest.raises(apsw.CantOpenError, match="close this connection and open it again") as caught:
         old.execute("SELECT name FROM sqlite_schema").fetchall()
     assert isinstance(caught.value, LineageChanged)
-    assert caught.value.extendedresult == apsw.SQLITE_IOERR_LOCK  # type: ignore[attr-defined]
+    assert caught.value.extendedresult == apsw.SQLITE_CANTOPEN  # type: ignore[attr-defined]
     with lazyreplica.connect(directory.url, **STILL) as new:
         assert new.execute("SELECT name FROM sqlite_schema").get == "b"
     new.close()
@@ -241,17 +243,45 @@ def test_a_wiped_path_without_files_leaves_the_head(
         assert read_database(replica) == history.database(), "small files are kept"
 
 
-def test_a_path_whose_newest_files_were_deleted_leaves_the_head(
+def test_a_path_whose_newest_files_were_deleted_is_another_history_when_it_stays_so(
     directory: ReplicaDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One listing may be out of date; after two, the store was put back, and TXID 2 may come again as another one."""
     history, _ = start(directory.path)
     history.commit([2])
     directory.sync(history)
     with opened(directory) as replica:
+        lineage = replica.head.lineage.number
         directory.remove(0, 2)
         replica.refresh()
-        assert "ends at TXID 0000000000000001 now, before ours" in caplog.text
+        assert "does not hold TXID 0000000000000002 as we know it" in caplog.text
         assert read_database(replica) == history.database(2)
+        replica.refresh()
+        assert replica.head.lineage.number != lineage
+        assert read_database(replica) == history.database(1)
+        with pytest.raises(LineageChanged):
+            replica.begin(lineage)
+
+
+def test_a_rewritten_key_never_stands_in_for_what_is_pinned(
+    directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another history with the same TXIDs takes the place of ours while a transaction is open."""
+    monkeypatch.setattr(layers, "KEEP_FILE", 0)
+    monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    history, _ = start(directory.path)
+    history.commit([2])
+    directory.write(history, 9, 1, 1)
+    directory.write(history, 9, 1, 2)
+    with opened(directory, cache_size=0) as replica, pinned(replica) as snapshot:
+        assert read_page(replica, snapshot, 1) == history.states[2][1]
+        other = History("other")
+        other.commit(size=8)
+        other.commit([2])
+        directory.write(other, 9, 1, 2)
+        for pgno in range(1, 9):
+            with pytest.raises(SnapshotGone):
+                read_page(replica, snapshot, pgno)
 
 
 def test_a_removed_directory_is_an_error_and_the_head_stays(directory: ReplicaDirectory) -> None:
@@ -266,7 +296,7 @@ def test_a_removed_directory_is_an_error_and_the_head_stays(directory: ReplicaDi
 # -- a primary that lost its local state --
 
 
-def sqlite_history(path: Path, statements: list[str]) -> History:
+def one_transaction(path: Path, statements: list[str]) -> History:
     """A real SQLite database in one transaction."""
     history = History(path.name, page_size=4096)
     db = apsw.Connection(str(path))
@@ -283,8 +313,8 @@ def test_a_whole_database_that_does_not_continue_makes_sqlite_parse_its_schema_a
     directory: ReplicaDirectory, tmp_path: Path
 ) -> None:
     """Equal schema cookies, other tables: without an epoch SQLite would read rows of one table as another's."""
-    first = sqlite_history(tmp_path / "a.db", ["CREATE TABLE one(a, b)", "INSERT INTO one VALUES(1, 2)"])
-    second = sqlite_history(tmp_path / "b.db", ["CREATE TABLE two(c)", "INSERT INTO two VALUES('two')"])
+    first = one_transaction(tmp_path / "a.db", ["CREATE TABLE one(a, b)", "INSERT INTO one VALUES(1, 2)"])
+    second = one_transaction(tmp_path / "b.db", ["CREATE TABLE two(c)", "INSERT INTO two VALUES('two')"])
     assert first.states[1][1][40:44] == second.states[1][1][40:44], "the schema cookies"
     directory.write(first, 0, 1)
     db = lazyreplica.connect(directory.url, **STILL)

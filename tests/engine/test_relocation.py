@@ -9,7 +9,18 @@ import apsw
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import History, ReplicaDirectory, SpyStore, opened, pinned, read_database, read_page, start, until
+from replicas import (
+    History,
+    ReplicaDirectory,
+    SpyStore,
+    opened,
+    pinned,
+    read_database,
+    read_page,
+    sqlite_history,
+    start,
+    until,
+)
 
 import lazyreplica
 from lazyreplica import layers
@@ -242,20 +253,6 @@ FILL = (
     "WITH n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i<300) INSERT INTO t SELECT i, printf('%0500d', i) FROM n"
 )
 UPDATE = "UPDATE t SET b = printf('%.500c', 'z')"
-
-
-def sqlite_history(path: Path, statements: list[str]) -> History:
-    """A real SQLite database, one transaction per statement."""
-    history = History(path.name, page_size=4096)
-    db = apsw.Connection(str(path))
-    for statement in statements:
-        db.execute(statement)
-        data = path.read_bytes()
-        pages = {n + 1: data[n * 4096 : (n + 1) * 4096] for n in range(len(data) // 4096)}
-        before = history.states[-1]
-        history.put({p: page for p, page in pages.items() if before.get(p) != page}, len(pages))
-    db.close()
-    return history
 
 
 @st.composite

@@ -25,6 +25,8 @@ from lazyreplica.storage.local import LocalStore
 
 HEADER = range(100 * 8)
 
+pytestmark = pytest.mark.slow  # hundreds of damaged files
+
 
 @pytest.fixture
 def by_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ from support.servers import S3Server, free_port, serve_rclone
 
 _QUICK = {"read_timeout": 2}
 
+pytestmark = pytest.mark.slow  # servers that do not answer
+
 
 @pytest.fixture(autouse=True)
 def _credentials(monkeypatch: pytest.MonkeyPatch) -> None:

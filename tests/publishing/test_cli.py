@@ -26,6 +26,8 @@ PROGRAM = str(Path(sysconfig.get_path("scripts")) / "lazyreplica")
 MANY = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 90000) SELECT i FROM n"
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1e15) SELECT count(*) FROM n"
 
+pytestmark = pytest.mark.slow  # a process a test
+
 
 def environment(**more: str) -> dict[str, str]:
     """Buffered output, as users have it, and a terminal of a fixed kind."""

@@ -40,6 +40,8 @@ from lazyreplica.storage.url import S3URL, parse_replica_url
 SECRET = "very-secret-indeed"
 GOOD = ranged()
 
+pytestmark = pytest.mark.slow  # deadlines take their time
+
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,9 +35,9 @@ def add_functions(connection: apsw.Connection) -> None:
 def _function(
     reference: weakref.ref[apsw.Connection], value: Callable[[ReplicaFile], str | float]
 ) -> Callable[..., str | float]:
-    def call(schema: str = "main", *extra: object) -> str | float:
+    def call(schema: object = "main", *extra: object) -> str | float:
         connection = reference()
-        if extra or connection is None:
+        if extra or connection is None or not isinstance(schema, str):
             raise as_sqlite(ConfigError("expected at most one argument, a schema name"), PRAGMA)
         try:
             return value(file_of(connection, schema))

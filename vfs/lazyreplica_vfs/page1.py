@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from lazyreplica.snapshot import Snapshot
 
+_SPREAD = 0x1E3779B1
+"""Far apart: a cookie counts schema changes, so an epoch that counted in ones would meet the cookie of a database that
+was restored to just before its last migration."""
+
 
 def shown(snapshot: Snapshot, stored: bytes) -> bytes:
     """Page 1 of `snapshot`, for a reader that has no shared memory and no other way to notice a change.
@@ -25,7 +29,7 @@ def shown(snapshot: Snapshot, stored: bytes) -> bytes:
     page[24:28] = counter
     page[28:32] = snapshot.commit.to_bytes(4)
     if snapshot.lineage.epoch:
-        cookie = int.from_bytes(page[40:44]) + snapshot.lineage.epoch
-        page[40:44] = (cookie & 0xFFFFFFFF).to_bytes(4)
+        cookie = int.from_bytes(page[40:44]) + snapshot.lineage.epoch * _SPREAD
+        page[40:44] = (cookie & 0x7FFFFFFF).to_bytes(4)
     page[92:96] = counter
     return bytes(page)

@@ -13,7 +13,10 @@ from lazyreplica.snapshot import Snapshot
 
 def format_time(snapshot: Snapshot) -> str:
     """When the primary wrote the snapshot's last transaction: RFC 3339 in UTC, milliseconds."""
-    moment = datetime.fromtimestamp(snapshot.timestamp_ms // 1000, UTC)
+    try:
+        moment = datetime.fromtimestamp(snapshot.timestamp_ms // 1000, UTC)
+    except (ValueError, OverflowError):
+        return f"{snapshot.timestamp_ms} ms"  # no date: a file that no clock has written
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{snapshot.timestamp_ms % 1000:03d}Z"
 
 

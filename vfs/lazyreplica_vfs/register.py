@@ -10,7 +10,7 @@ import apsw
 from lazyreplica_vfs.functions import add_functions
 from lazyreplica_vfs.vfs import LitestreamVFS
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lazyreplica.vfs")
 
 _vfs: LitestreamVFS | None = None
 

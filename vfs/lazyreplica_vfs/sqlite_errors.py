@@ -14,8 +14,9 @@ import apsw
 from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged, SnapshotGone
 
 OPEN = (apsw.CantOpenError, apsw.SQLITE_CANTOPEN)
-LOCK = (apsw.IOError, apsw.SQLITE_IOERR_LOCK)
-"""For xLock. Not BUSY: SQLite would drop the message and say "database is locked"."""
+LOCK = (apsw.CantOpenError, apsw.SQLITE_CANTOPEN)
+"""For xLock. Not BUSY: SQLite would drop the message and say "database is locked". Not IOERR: SQLite would roll back by
+itself, and leaving ``with connection:`` would hide the error behind "no transaction is active"."""
 READ = (apsw.IOError, apsw.SQLITE_IOERR_READ)
 PRAGMA = (apsw.SQLError, apsw.SQLITE_ERROR)
 

@@ -7,6 +7,7 @@ working directory, and its WAL was deleted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import apsw
@@ -85,12 +86,14 @@ def _refuse_strangers(filename: str, parameters: Mapping[str, str]) -> None:
     )
 
 
-_TRUE = {"yes", "true", "on"}
-
-
 def _never_locks(parameters: Mapping[str, str]) -> bool:
-    """Whether SQLite will read without locking (its own reading of a boolean URI parameter)."""
-    return any(
-        value.lower() in _TRUE or (value.isdigit() and int(value) != 0)
-        for value in (parameters.get("immutable", ""), parameters.get("nolock", ""))
-    )
+    """Whether SQLite will read without locking."""
+    return _is_true(parameters.get("immutable", "")) or _is_true(parameters.get("nolock", ""))
+
+
+def _is_true(value: str) -> bool:
+    """SQLite's own reading of a boolean URI parameter (``sqlite3GetBoolean``): leading digits count, as one byte."""
+    digits = re.match(r"[0-9]+", value)
+    if digits:
+        return int(digits[0]) & 0xFF != 0
+    return value.lower() in {"yes", "true", "on"}
