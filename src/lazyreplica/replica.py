@@ -36,6 +36,8 @@ from lazyreplica.storage import Listing, Store, StoredFile
 log = logging.getLogger(__name__)
 
 _WAIT_STEP = 0.2
+_OPEN_TIMEOUT = 10.0
+"""Seconds for the first listing: who opens a replica wants to know soon that nobody answers."""
 
 
 class Replica:
@@ -53,7 +55,7 @@ class Replica:
         self._closed = False
         self.layers = Layers(store, options.read_timeout)
         try:
-            listed, snapshot = _open_newest(store, self.layers, options.read_timeout)
+            listed, snapshot = _open_newest(store, self.layers, min(_OPEN_TIMEOUT, options.read_timeout))
             self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
