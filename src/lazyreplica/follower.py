@@ -25,8 +25,10 @@ log = logging.getLogger(__name__)
 
 LIST_EVERY = 10.0
 """Seconds between listings while nothing arrives."""
-_PATIENCE = 5.0
+_REQUEST = 5.0
 """Seconds that a transaction which starts after a sleep gives each request of its poll."""
+_PATIENCE = 2.0
+"""Seconds that it waits for a poll that somebody else has begun."""
 _PROBES = 16
 """New files taken one by one before a listing is asked for: far behind, compacted files lead there faster."""
 
@@ -64,6 +66,8 @@ class Follower:
         self._misses = 0
         self._listed_at = self._tried_at = now()
         self._started_at = self._awaited = self._tried_at
+        self._failing = False
+        """Whether the last poll that ended failed."""
         self._limit = timeout
         """Seconds for a request of the poll that is under way."""
         self._polled_at: float | None = None
@@ -130,27 +134,34 @@ class Follower:
         try:
             self._started_at = now()
             self._limit = limit
+            succeeded = False
             self._poll(thorough)
             self._polled_at = now()
+            succeeded = True
         finally:
+            self._failing = not succeeded
             self._tried_at = now()
             self._lock.release()
 
     def poll_if_idle(self, limit: float) -> bool:
         """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged.
 
-        Never waits for a poll that is under way, unless that one began before a sleep: an outage must not stop readers
-        of what is local. Returns whether it polled.
+        An outage must not stop readers of what is local: a poll that is under way is waited for only when the one
+        before it succeeded, shortly, and once. Returns whether there was a poll.
         """
         if self.idle <= limit:
             return False
         if self._lock.locked():
             started = self._started_at
-            if now() - started <= limit + self._timeout or started == self._awaited:
+            if self._failing or started == self._awaited:
                 return False
+            if self._lock.acquire(timeout=_PATIENCE):
+                self._lock.release()
+                return True
             self._awaited = started
+            return False
         try:
-            self.poll(thorough=True, timeout=_PATIENCE)
+            self.poll(thorough=True, timeout=_REQUEST)
         except LazyReplicaError as exc:
             log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
         return True

@@ -50,14 +50,16 @@ def test_a_local_replica_is_read_without_waiting_for_a_silent_store(directory: R
     with opened(store, poll_interval=0.05, max_staleness=0.1, read_timeout=30.0, **FULL) as replica:
         until(lambda: complete(replica) and replica.lag >= 0)
         store.silent = True
-        longest = 0.0
+        times = []
         for _ in range(40):
             began = time.monotonic()
             assert read_database(replica) == history.database()
-            longest = max(longest, time.monotonic() - began)
+            times.append(time.monotonic() - began)
             time.sleep(0.025)
         assert replica.lag > 0.5
-        assert longest < 1
+        times.sort()
+        assert times[-2] < 1, "one transaction may look whether the poll that is under way ends, the others do not"
+        assert times[-1] < 4
 
 
 def test_wait_for_ends_in_time_when_nobody_answers(directory: ReplicaDirectory) -> None:
