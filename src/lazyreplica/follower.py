@@ -247,6 +247,12 @@ class Follower:
                 continue
             return
 
+    def _rewritten(self, files: tuple[StoredFile, ...], txid: int) -> bool:
+        """Whether the level-0 file that we took as transaction `txid` has other bytes now."""
+        name = FileName(txid, txid)
+        known = {file for file in self._recorded if (file.level, file.name) == (0, name)}
+        return any((file.level, file.name) == (0, name) and file not in known for file in files) and bool(known)
+
     def _ends_alike(self, file: StoredFile, head: Snapshot) -> bool:
         """Whether a file that we have not seen before is a compaction that ends with the transaction we stand on.
 
@@ -279,6 +285,8 @@ class Follower:
         newest = max(file.name.max_txid for file in files)
         ours = any(file in self._recorded for file in files)
         if ours and newest <= head.txid:
+            if newest == head.txid and not self._rewritten(files, head.txid):
+                return  # only its snapshot was made anew, which Litestream may do
             # The transaction that we stand on is not there (any more, or as it was): put back to an older state, or
             # rewritten. One listing may be out of date; two are not.
             self._set_back += 1

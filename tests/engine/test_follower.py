@@ -421,3 +421,25 @@ def test_a_page_that_no_file_holds_is_reported(directory: ReplicaDirectory) -> N
         assert read_page(replica, snapshot, 5) == history.states[2][5]
         with pytest.raises(ReplicaDamaged, match="page 6 of 6 is in no file"):
             read_page(replica, snapshot, 6)
+
+
+def test_a_snapshot_that_was_made_anew_is_no_other_history(directory: ReplicaDirectory) -> None:
+    """Litestream may write level 9 again at the same TXID, while the level-0 file was not in the first listing yet."""
+    history, _ = start(directory.path)
+    history.commit([2])
+    level_0 = history.file(2, 2)
+    directory.write(history, 9, 1, 2)
+    with opened(directory) as replica:
+        lineage = replica.head.lineage
+        directory.remove(9, 1, 2)
+        directory.write_bytes(0, 2, 2, level_0)
+        directory.write(history, 9, 1, 2)
+        for _ in range(3):
+            replica.refresh()
+        assert replica.head.lineage.number == lineage.number
+        history.commit([3])
+        directory.sync(history)
+        replica.refresh()
+        assert replica.head.txid == 3
+        assert replica.head.lineage.number == lineage.number
+        assert read_database(replica) == history.database()
