@@ -254,17 +254,22 @@ class Follower:
         return any((file.level, file.name) == (0, name) and file not in known for file in files) and bool(known)
 
     def _ends_alike(self, file: StoredFile, head: Snapshot) -> bool:
-        """Whether a file that we have not seen before is a compaction that ends with the transaction we stand on.
+        """Whether a file that we have not seen before ends with the transaction we stand on.
 
-        A compacted file has the timestamp of its last input, in milliseconds.
+        It may be the one that we took, under another identity (Litestream sets a local file's date after it has
+        appeared), or a compaction: that has the timestamp of its last input, in milliseconds.
         """
-        if file.level in (0, SNAPSHOT_LEVEL) or head.timestamp_ms == 0:
+        same = (file.level, file.name) == (head.last.file.level, head.last.file.name)
+        if not same and (file.level in (0, SNAPSHOT_LEVEL) or head.timestamp_ms == 0):
             return False
         try:
-            header = self._layers.open(file).header
+            layer = self._layers.open(file)
         except (LTXError, ReplicaDamaged) as exc:
             log.info("%s cannot be read: %s", file, exc)
             return False
+        if same:
+            return layer.checksum == head.last.checksum
+        header = layer.header
         return (header.timestamp_ms, header.commit, header.page_size) == (
             head.timestamp_ms,
             head.commit,

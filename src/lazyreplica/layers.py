@@ -19,7 +19,7 @@ from cachetools import LRUCache
 
 from lazyreplica.errors import LTXError, ReplicaDamaged
 from lazyreplica.ltx.decoder import decode_file
-from lazyreplica.ltx.header import HEADER_SIZE, Header
+from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
 from lazyreplica.ltx.index import PageIndex, locate_index
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
@@ -138,17 +138,17 @@ class Layers:
             missing = self._store.read(file, start, held_from - start, self._timeout)
         held = max(start, held_from) - held_from
         index = PageIndex.parse(missing + tail[held : start + length - held_from], header=header, file_size=file.size)
-        return self._adopt(file, header, index)
+        return self._adopt(file, header, index, Trailer.parse(tail[-TRAILER_SIZE:]))
 
     def _adopt_whole(self, file: StoredFile, data: bytes) -> Layer:
         decoded = decode_file(data)
-        layer = self._adopt(file, decoded.header, decoded.index)
+        layer = self._adopt(file, decoded.header, decoded.index, decoded.trailer)
         if len(data) <= KEEP_TOTAL:
             with self._lock:
                 self._kept[layer.number] = data
         return layer
 
-    def _adopt(self, file: StoredFile, header: Header, index: PageIndex) -> Layer:
+    def _adopt(self, file: StoredFile, header: Header, index: PageIndex, trailer: Trailer) -> Layer:
         if header.name != file.name:
             raise ReplicaDamaged(
                 f"{file} of {self._store.url} says in its header that it is {header.name}: "
@@ -157,7 +157,7 @@ class Layers:
         with self._lock:
             layer = self._open.get(file)
             if layer is None:
-                layer = self._open[file] = Layer(next(_numbers), file, header, index)
+                layer = self._open[file] = Layer(next(_numbers), file, header, index, trailer.file_checksum)
         return layer
 
 

@@ -27,6 +27,8 @@ class Layer:
     file: StoredFile
     header: Header
     index: PageIndex
+    checksum: int
+    """The file's checksum of itself (its trailer): equal checksum, equal content, whatever the store calls it."""
 
     @property
     def max_txid(self) -> int:

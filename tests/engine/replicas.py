@@ -276,7 +276,7 @@ def make_layer(
     offsets = array("Q", range(100, 100 + 100 * len(listed) + 1, 100))
     file = StoredFile(level, FileName(low, high), 1 << 20, f"etag-{level}-{low}-{high}", 0.0)
     header = Header(FLAG_NO_CHECKSUM, page_size, commit, low, high, 0)
-    return Layer(next(_numbers), file, header, PageIndex(listed, offsets))
+    return Layer(next(_numbers), file, header, PageIndex(listed, offsets), checksum=0)
 
 
 def make_snapshot(layers: list[Layer], lineage: Lineage | None = None) -> Snapshot:

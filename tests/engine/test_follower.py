@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lazyreplica.errors import (
     ReplicaGap,
     SnapshotGone,
 )
+from lazyreplica.ltx import FileName
 
 STILL = {"hydrate": False, "poll_interval": 0}
 
@@ -442,4 +444,27 @@ def test_a_snapshot_that_was_made_anew_is_no_other_history(directory: ReplicaDir
         replica.refresh()
         assert replica.head.txid == 3
         assert replica.head.lineage.number == lineage.number
+        assert read_database(replica) == history.database()
+
+
+def test_a_file_whose_date_is_set_after_we_took_it_is_no_other_history(directory: ReplicaDirectory) -> None:
+    """Litestream renames a local file into place, and sets its date afterwards: its inode and size stay, not the rest.
+
+    Whoever reads between the two finds another file identity from then on, but the same content.
+    """
+    history, _ = start(directory.path)
+    with opened(directory) as replica:
+        lineage = replica.head.lineage
+        history.commit([2], restart_wal=True)
+        directory.sync(history)
+        replica.refresh()
+        for _ in range(3):
+            path = directory.path / "ltx" / "0" / str(FileName(2, 2))
+            os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - 5_000_000))
+            replica.refresh()
+        history.commit([3], restart_wal=True)
+        directory.sync(history)
+        replica.refresh()
+        assert replica.head.txid == 3
+        assert replica.head.lineage is lineage
         assert read_database(replica) == history.database()
