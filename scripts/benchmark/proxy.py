@@ -8,20 +8,28 @@ A program of its own, so that its work is nobody else's CPU time: ``python -m be
 
 What is imitated: half the round trip in each direction, one round trip for the handshake, a bandwidth cap for each
 connection. What is not: TCP's slow start, TLS, jitter, a cap for the machine as a whole.
+
+One thread does it all: threads that wait for one another's GIL would add milliseconds to a burst of requests.
 """
 
 from __future__ import annotations
 
+import errno
+import heapq
+import itertools
 import json
-import queue
+import os
+import select
+import selectors
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from selectors import EVENT_READ, EVENT_WRITE
 from typing import IO, Self, cast
 
 _DIRECT = 256 << 10
@@ -29,7 +37,7 @@ _DIRECT = 256 << 10
 _PIECE = 128 << 10
 """Bytes of one read on a delayed connection: 2 ms at 60 MB/s, and no piece is let go before its last byte is due."""
 _WINDOW = 512
-"""Pieces on their way in one direction: the sender is held back when it is too far ahead."""
+"""Pieces on their way in one direction of a delayed connection: the sender is held back when it is too far ahead."""
 _HEAD_LIMIT = 64 << 10
 
 
@@ -43,27 +51,10 @@ class Link:
     """Bytes a second, downstream."""
 
 
-class Traffic:
-    """Counters that every connection shares."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-
-    def add(self, what: str, amount: int = 1) -> None:
-        with self._lock:
-            self._counts[what] += amount
-
-    def take(self) -> dict[str, int]:
-        with self._lock:
-            counts, self._counts = self._counts, Counter()
-        return dict(counts)
-
-
 class RequestCounter:
     """Finds the requests in what a client sends over a keep-alive connection."""
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: Counter[str]) -> None:
         self._traffic = traffic
         self._head = b""
         self._body = 0
@@ -72,7 +63,7 @@ class RequestCounter:
         """A chunked body, or no HTTP: where the next request begins is unknown."""
 
     def feed(self, data: bytes) -> None:
-        self._traffic.add("up", len(data))
+        self._traffic["up"] += len(data)
         while data and not self._lost:
             if self._body:
                 skipped = min(self._body, len(data))
@@ -93,153 +84,249 @@ class RequestCounter:
         query = rest.partition(" ")[0].partition("?")[2]
         if method == "GET" and ("list-type=" in query or "prefix=" in query):
             method = "LIST"
-        self._traffic.add("requests")
-        self._traffic.add(method)
+        self._traffic["requests"] += 1
+        self._traffic[method] += 1
         for field in fields:
             name, _, value = field.partition(":")
-            if name.lower() == "content-length":
+            if name.lower() == "content-length" and value.strip().isdecimal():
                 self._body = int(value)
-            elif name.lower() == "transfer-encoding":
+            elif name.lower() in ("content-length", "transfer-encoding"):
                 self._lost = True
 
 
-class _Direction:
-    """One half of a connection: bytes from `source` to `target`, each piece due when its last byte would arrive."""
+class _Loop:
+    """Calls back when a socket is ready or a time has come."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, link: Link, opened: float) -> None:
-        self._source, self._target = source, target
-        self._delay = link.rtt / 2
-        self._cap: float | None = None
-        self._free = 0.0
-        """When the link has let the last piece in."""
-        self._opened = opened
-        """Nothing enters before: the handshake takes until then."""
-        self._pieces: queue.Queue[tuple[float, bytes]] = queue.Queue(_WINDOW)
+    def __init__(self) -> None:
+        self.selector = selectors.DefaultSelector()
+        """Its data are functions that take the events."""
+        self.now = time.monotonic()
+        """When the events at hand were noticed: what they bring is no later for having waited for its turn."""
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
 
-    def arrived(self, data: bytes | memoryview) -> None:
-        """Told of every piece that the source has sent."""
-
-    def leaving(self, size: int) -> None:
-        """Told of every piece's bytes before they go to the target: what a client no longer wants is not counted."""
+    def at(self, due: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (due, next(self._numbers), call))
 
     def run(self) -> None:
-        with suppress(OSError):  # either side may go away at any time
-            if self._delay or self._cap:
-                self._delayed()
-            else:
-                self._direct()
-        for end, how in ((self._target, socket.SHUT_WR), (self._source, socket.SHUT_RD)):
-            with suppress(OSError):
-                end.shutdown(how)
-
-    def _direct(self) -> None:
-        buffer = memoryview(bytearray(_DIRECT))
-        while size := self._source.recv_into(buffer):
-            self.arrived(buffer[:size])
-            self.leaving(size)
-            self._target.sendall(buffer[:size])
-
-    def _delayed(self) -> None:
-        writer = threading.Thread(target=self._deliver, daemon=True)
-        writer.start()
-        try:
-            while data := self._source.recv(_PIECE):
-                self.arrived(data)
-                entered = max(time.monotonic(), self._opened, self._free)
-                self._free = entered + len(data) / self._cap if self._cap else entered
-                self._pieces.put((self._free + self._delay, data))
-        finally:
-            self._pieces.put((time.monotonic() + self._delay, b""))
-            writer.join()
-
-    def _deliver(self) -> None:
-        broken = False
         while True:
-            due, data = self._pieces.get()
-            if not data:
-                return
-            if broken:
-                continue  # the reader must not wait for room in the queue
-            wait = due - time.monotonic()
+            wait = self._fire()
+            # An epoll waits for whole milliseconds, select() for microseconds, and it can wait for an epoll.
+            ready = select.select([self.selector], [], [], wait)[0]
+            self.now = time.monotonic()
+            for key, events in self.selector.select(0) if ready else ():
+                key.data(events)
+                self._fire()
+
+    def _fire(self) -> float | None:
+        """Call what is due. Returns the seconds until the next."""
+        timers = self._timers
+        while timers:
+            wait = timers[0][0] - time.monotonic()
             if wait > 0:
-                time.sleep(wait)
-            self.leaving(len(data))
+                return wait
+            heapq.heappop(timers)[2]()
+        return None
+
+
+class _End:
+    """The socket of one side: what is waited for there, and which flow comes from it and which goes to it."""
+
+    source: _Flow
+    target: _Flow
+
+    def __init__(self, loop: _Loop, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = sock
+        self._selector = loop.selector
+        self._events = 0
+
+    def wait(self, event: int, wanted: bool) -> None:
+        events = self._events | event if wanted else self._events & ~event
+        if events == self._events:
+            return
+        # Not with a mask of 0: an epoll reports a reset even then, again and again.
+        if not events:
+            self._selector.unregister(self.sock)
+        elif self._events:
+            self._selector.modify(self.sock, events, self._ready)
+        else:
+            self._selector.register(self.sock, events, self._ready)
+        self._events = events
+
+    def _ready(self, events: int) -> None:
+        # An event of the same round may have ended the wait.
+        if events & self._events & EVENT_WRITE:
+            self.target.deliver()
+        if events & self._events & EVENT_READ:
+            self.source.read()
+
+
+class _Flow:
+    """One half of a connection: bytes from `source` to `target`, each piece due when its last byte would arrive."""
+
+    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, cap: float | None) -> None:
+        self._loop, self._source, self._target = loop, source, target
+        source.source = target.target = self
+        self._delay, self._cap = link.rtt / 2, cap
+        self._free = opened
+        """When the link has let the last piece in. Nothing enters before `opened`: the handshake takes until then."""
+        self._size, self._window = (_PIECE, _WINDOW) if link.rtt or cap else (_DIRECT, 1)
+        self._pieces: deque[tuple[float, bytes | memoryview]] = deque()
+        """What is on its way and when it is due; an empty piece is the end of the stream. While there are any, either
+        the clock or the target, when it takes bytes again, will call deliver()."""
+        self._ended = False
+        """The source has no more to send, or the target does not take it."""
+        self.over = False
+        """Nothing more will pass."""
+
+    def arrived(self, data: bytes) -> None:
+        """Told of every piece that the source has sent."""
+
+    def left(self, size: int) -> None:
+        """Told of the bytes that the target has taken: what a client no longer wants is not counted."""
+
+    def read(self) -> None:
+        try:
+            data = self._source.sock.recv(self._size)
+        except BlockingIOError:
+            return
+        except OSError:  # either side may go away at any time
+            data = b""
+        self._ended = not data
+        self.arrived(data)
+        entered = max(self._loop.now, self._free)
+        self._free = entered + len(data) / self._cap if self._cap else entered
+        self._pieces.append((self._free + self._delay, data))
+        if len(self._pieces) == 1:
+            self.deliver()
+        elif self._ended or len(self._pieces) == self._window:
+            self._source.wait(EVENT_READ, False)
+
+    def deliver(self) -> None:
+        """Send what is due, as far as the target takes it."""
+        pieces = self._pieces
+        blocked = False
+        while pieces and not blocked:
+            due, data = pieces[0]
+            if due > time.monotonic():
+                self._loop.at(due, self.deliver)
+                break
             try:
-                self._target.sendall(data)
+                sent = self._target.sock.send(data) if data else 0
+            except BlockingIOError:
+                sent = 0
             except OSError:
-                broken = True
-                with suppress(OSError):
-                    self._source.shutdown(socket.SHUT_RD)
+                data = b""
+            if not data:
+                self._finish()
+                return
+            self.left(sent)
+            blocked = sent < len(data)
+            if blocked:
+                pieces[0] = due, memoryview(data)[sent:]
+            else:
+                pieces.popleft()
+        self._target.wait(EVENT_WRITE, blocked)
+        self._source.wait(EVENT_READ, not self._ended and len(pieces) < self._window)
+
+    def _finish(self) -> None:
+        self._ended = self.over = True
+        self._pieces.clear()
+        self._target.wait(EVENT_WRITE, False)
+        self._source.wait(EVENT_READ, False)
+        with suppress(OSError):
+            self._target.sock.shutdown(socket.SHUT_WR)
+        if self._source.target.over:  # the other direction
+            self._source.sock.close()
+            self._target.sock.close()
 
 
-class _Up(_Direction):
-    def __init__(self, source: socket.socket, target: socket.socket, link: Link, opened: float, traffic: Traffic):
+class _Up(_Flow):
+    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, traffic: Counter[str]):
         # The client believes to be connected at once and sends; what it sends waits for the handshake.
-        super().__init__(source, target, link, opened + link.rtt)
+        super().__init__(loop, source, target, link, opened + link.rtt, None)
         self._requests = RequestCounter(traffic)
 
-    def arrived(self, data: bytes | memoryview) -> None:
-        self._requests.feed(bytes(data))
+    def arrived(self, data: bytes) -> None:
+        self._requests.feed(data)
 
 
-class _Down(_Direction):
-    def __init__(self, source: socket.socket, target: socket.socket, link: Link, opened: float, traffic: Traffic):
-        super().__init__(source, target, link, opened)
-        self._cap = link.cap
+class _Down(_Flow):
+    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, traffic: Counter[str]):
+        super().__init__(loop, source, target, link, opened, link.cap)
         self._traffic = traffic
 
-    def leaving(self, size: int) -> None:
-        self._traffic.add("down", size)
+    def left(self, size: int) -> None:
+        self._traffic["down"] += size
 
 
 class Server:
-    """Accepts connections and passes each on to the upstream server."""
+    """Accepts connections and passes each on to the upstream server; obeys the commands on standard input."""
 
-    def __init__(self, upstream: tuple[str, int]) -> None:
-        self._upstream = upstream
+    def __init__(self, host: str, port: int) -> None:
+        self._family, *_, self._upstream = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.traffic = Traffic()
-        self.link = Link()
+        self._listener.setblocking(False)
+        self._link = Link()
+        self._traffic: Counter[str] = Counter()
+        self._commands = b""
+        """The beginning of a line that is still to come."""
+        self._loop = _Loop()
+        self._loop.selector.register(self._listener, EVENT_READ, self._accept)
+        self._loop.selector.register(sys.stdin, EVENT_READ, self._command)
 
-    @property
-    def port(self) -> int:
-        return int(self._listener.getsockname()[1])
+    def run(self) -> None:
+        print(json.dumps({"port": self._listener.getsockname()[1]}), flush=True)
+        self._loop.run()
 
-    def serve(self) -> None:
-        while True:
-            client, _ = self._listener.accept()
-            threading.Thread(target=self._connection, args=(client, time.monotonic(), self.link), daemon=True).start()
+    def _accept(self, _: int) -> None:
+        with suppress(BlockingIOError, ConnectionError):
+            while True:
+                client, _ = self._listener.accept()
+                self._traffic["connections"] += 1
+                self._connect(client)
 
-    def _connection(self, client: socket.socket, opened: float, link: Link) -> None:
-        self.traffic.add("connections")
-        with client:
-            try:
-                upstream = socket.create_connection(self._upstream, timeout=10)
-            except OSError as exc:
-                print(f"no connection to the server: {exc}", file=sys.stderr)
+    def _connect(self, client: socket.socket) -> None:
+        upstream = socket.socket(self._family)
+        near, far = _End(self._loop, client), _End(self._loop, upstream)
+        about = near, far, self._link, self._loop.now, self._traffic
+        flows = _Up(self._loop, *about), _Down(self._loop, *about)
+
+        def connected(_: int) -> None:
+            self._loop.selector.unregister(upstream)
+            begin(upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+        def begin(error: int) -> None:
+            if not error:
+                for flow in flows:
+                    flow.deliver()
                 return
-            with upstream:
-                upstream.settimeout(None)
-                for end in (client, upstream):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                down = threading.Thread(target=_Down(upstream, client, link, opened, self.traffic).run, daemon=True)
-                down.start()
-                _Up(client, upstream, link, opened, self.traffic).run()
-                down.join()
+            print(f"no connection to the server: {os.strerror(error)}", file=sys.stderr)
+            client.close()
+            upstream.close()
 
-
-def main() -> None:
-    server = Server((sys.argv[1], int(sys.argv[2])))
-    threading.Thread(target=server.serve, daemon=True).start()
-    print(json.dumps({"port": server.port}), flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer: dict[str, int] = {}
-        if command["do"] == "set":
-            server.link = Link(command["rtt"], command["cap"])
+        error = upstream.connect_ex(self._upstream)
+        if error == errno.EINPROGRESS:
+            self._loop.selector.register(upstream, EVENT_WRITE, connected)
         else:
-            answer = server.traffic.take()
-        print(json.dumps(answer), flush=True)
+            begin(error)
+
+    def _command(self, _: int) -> None:
+        data = os.read(sys.stdin.fileno(), 1 << 16)
+        if not data:
+            sys.exit()
+        *lines, self._commands = (self._commands + data).split(b"\n")
+        for line in lines:
+            command = json.loads(line)
+            answer: dict[str, int] = {}
+            if command["do"] == "set":
+                self._link = Link(command["rtt"], command["cap"])
+            else:
+                answer = dict(self._traffic)
+                self._traffic.clear()
+            print(json.dumps(answer), flush=True)
 
 
 class Proxy:
@@ -274,4 +361,4 @@ class Proxy:
 
 
 if __name__ == "__main__":
-    main()
+    Server(sys.argv[1], int(sys.argv[2])).run()

@@ -24,8 +24,13 @@ ENVIRONMENT = {
     "poll_interval": "LITESTREAM_POLL_INTERVAL",
     "max_staleness": "LITESTREAM_MAX_STALENESS",
     "read_timeout": "LITESTREAM_READ_TIMEOUT",
+    "prefetch": "LITESTREAM_PREFETCH",
 }
 """Option name -> environment variable (the peer's name where it has one)."""
+
+TECHNIQUES = ("sequential", "siblings", "rows", "overflow", "interior")
+"""Ways to predict which pages are read next: runs of page numbers; children of a known page; the rows that an index
+leaf names; chains of overflow pages; and the interior pages of all b-trees, as soon as the replica is open."""
 
 URL_VARIABLE = "LITESTREAM_REPLICA_URL"
 
@@ -49,6 +54,8 @@ class Options:
     None: five poll intervals, at least 5 seconds; never with `poll_interval` 0."""
     read_timeout: float = 30.0
     """Seconds after which a read that storage does not answer fails."""
+    prefetch: frozenset[str] = frozenset(TECHNIQUES)
+    """What is fetched before it is asked for. "all", "none", or some of the names in `TECHNIQUES`."""
 
     def __post_init__(self) -> None:
         _require(
@@ -133,6 +140,8 @@ def _parse(name: str, value: object, source: str) -> object:
         raise ConfigError(f"{name!r} is not an option; options are {', '.join(OPTION_NAMES)}")
     if value is None:
         return getattr(Options(), name)
+    if name == "prefetch":
+        return _parse_techniques(value, source)
     if name == "hydrate":
         return _parse_bool(value, source)
     if name in ("hydrate_max", "cache_size"):
@@ -151,6 +160,15 @@ def _parse_bool(value: object, source: str) -> bool:
     if text in _FALSE:
         return False
     raise ConfigError(f"{source} is {value!r}, expected true or false")
+
+
+def _parse_techniques(value: object, source: str) -> frozenset[str]:
+    names = value.replace(",", " ").split() if isinstance(value, str) else value
+    if names in (["all"], ["none"]):
+        return frozenset(TECHNIQUES if names == ["all"] else ())
+    if not isinstance(names, list | tuple | set | frozenset) or not set(names) <= set(TECHNIQUES):
+        raise ConfigError(f"{source} is {value!r}, expected all, none, or some of {', '.join(TECHNIQUES)}")
+    return frozenset(names)
 
 
 def _parse_size(value: object, source: str) -> int:

@@ -1,45 +1,63 @@
 """The only code that reads page bytes from a store on demand.
 
-Neighbouring frames are one range request; two readers that want one page make one request.
+Neighbouring frames are one range request; two readers that want one page make one request; what the reader's predictor
+names is fetched beside it, in other threads.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Iterable
 
 from lazyreplica.cache import PageCache
-from lazyreplica.errors import FileVanished, LTXError, SnapshotGone, StoreUnavailable
+from lazyreplica.errors import FileVanished, LTXError, SnapshotGone, StoreError
+from lazyreplica.extents import Data, Extent, State
 from lazyreplica.layers import Layers
 from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
-from lazyreplica.prefetch import MAX_BYTES
+from lazyreplica.prefetch import Reader
+from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
+from lazyreplica.spans import FIRST, LIMIT, Place, Span, join
 from lazyreplica.storage import Store
+from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
 
-_GAP = 64 << 10
-"""Frames that are not wanted are read over up to this many bytes in a row."""
-Page = tuple[int, bytes]
+_NEAR = 64
+"""Pages of a prediction that are fetched in small requests when somebody waits for the first of them."""
+_REQUESTS = 16
+"""Requests that one prediction may lead to: pages far apart cost one each."""
+_PATIENCE = 2.0
+"""Seconds that a reader waits for a request that somebody else has made, before it makes its own."""
 
 
 class Fetcher:
     """Demand reads of one replica. Thread-safe; runs in its callers' threads, so it never needs one of its own."""
 
-    def __init__(self, store: Store, layers: Layers, cache: PageCache, relocator: Relocator, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        layers: Layers,
+        cache: PageCache,
+        relocator: Relocator,
+        readahead: Readahead,
+        trees: Trees,
+        timeout: float,
+    ) -> None:
         """`timeout`: seconds a read may take in all."""
         self._store = store
         self._layers = layers
+        self._extents = layers.extents
         self._cache = cache
         self._relocator = relocator
+        self._readahead = readahead
+        self._trees = trees
         self._timeout = timeout
-        self._lock = threading.Lock()
-        self._flights: dict[tuple[int, int], Future[bytes]] = {}
         self._demand = 0
+        self._counting = threading.Lock()
 
     @property
     def busy(self) -> bool:
@@ -51,136 +69,216 @@ class Fetcher:
         self._layers.distrust(layer, reason)
         self._cache.drop_version(layer.number)
 
-    def page(self, snapshot: Snapshot, layer: Layer, pgno: int, window: int) -> bytes:
-        """Page `pgno` of `snapshot`, which `layer` holds; up to `window` pages from there on are fetched with it.
+    def page(self, snapshot: Snapshot, layer: Layer, pgno: int, reader: Reader) -> bytes:
+        """Page `pgno` of `snapshot`, which `layer` holds; what `reader` expects next is fetched ahead.
 
-        Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`.
+        Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`. A page that was
+        read ahead takes 9 us, 2 of them liblz4's.
         """
         self._refuse_distrusted(layer)
-        kept = self._layers.kept(layer)
-        if kept is not None:
-            page = _page_of(kept, layer, pgno)
-            self._cache.put(pgno, layer.number, page)
-            return page
-        key = (pgno, layer.number)
-        with self._lock:
-            flight = self._flights.get(key)
-            if flight is None:
-                mine = self._take_off(snapshot, layer, pgno, window)
-        if flight is not None:
-            return self._join(flight, snapshot, layer, pgno)
-        return self._lead(mine, snapshot, layer, pgno)
+        further = reader.reads(pgno)
+        page = self._page_here(snapshot, layer, pgno, reader, further)
+        if page is None:
+            page = self._elsewhere(snapshot, layer, pgno)
+        self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
+        self._cache.put(pgno, layer.number, page)
+        reader.saw(pgno, page)
+        return page
+
+    def _page_here(
+        self, snapshot: Snapshot, layer: Layer, pgno: int, reader: Reader, further: Iterable[int]
+    ) -> bytes | None:
+        """The page out of its own layer; None if that file has vanished."""
+        try:
+            place = self._place(layer, pgno)
+            whole = self._layers.kept(layer)
+            if whole is not None:
+                self._ahead(snapshot, further, reader)
+                return _decode(whole, 0, place)
+            extent = self._extents.find(layer.number, place.start, place.end)
+            if extent is not None:
+                self._ahead(snapshot, further, reader)
+            elif self._relocator.is_gone(layer):
+                return None
+            else:
+                extent = self._begin(snapshot, place, further, reader)
+            return self._decode_from(extent, place)
+        except FileVanished as exc:
+            log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
+        return None
 
     def _refuse_distrusted(self, layer: Layer) -> None:
         reason = self._layers.distrusted(layer)
         if reason is not None:
             raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {reason}")
 
-    def _take_off(self, snapshot: Snapshot, layer: Layer, pgno: int, window: int) -> dict[int, Future[bytes]]:
-        """Claim the run of pages that one range request brings; the caller holds the lock."""
-        flights = {pgno: Future[bytes]()}
-        self._flights[pgno, layer.number] = flights[pgno]
-        at = layer.index.position(pgno)
-        assert at is not None, "the page map named this layer as the page's owner"
-        _, start, size = layer.index.entry(at)
-        wanted_end = start + size
-        for position in range(at + 1, min(at + window, len(layer.index))):
-            following, offset, size = layer.index.entry(position)
-            if following > snapshot.commit or offset + size - start > MAX_BYTES or offset - wanted_end > _GAP:
-                break
-            key = (following, layer.number)
-            # A page that a newer file holds, or that is here already, is read over: bytes are cheaper than a request.
-            if key not in self._flights and key not in self._cache and snapshot.pages.owner(following) is layer:
-                flights[following] = self._flights[key] = Future[bytes]()
-                wanted_end = offset + size
-        return flights
-
-    def _lead(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        self._demand += 1  # racy under threads, which only makes the hint `busy` blunt for a moment
+    @staticmethod
+    def _place(layer: Layer, pgno: int) -> Place:
         try:
-            page = self._fly(flights, snapshot, layer, pgno)
-        except BaseException as exc:
-            # An interrupt (Ctrl-C) is the leader's alone; those who joined read for themselves.
-            shown = exc if isinstance(exc, Exception) else StoreUnavailable("the read that was joined was interrupted")
-            for flight in flights.values():
-                if not flight.done():
-                    flight.set_exception(shown)
-            raise
-        finally:
-            self._demand -= 1
-            with self._lock:
-                for number in flights:
-                    self._flights.pop((number, layer.number), None)
-        return page
-
-    def _fly(self, flights: dict[int, Future[bytes]], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        pages = self._obtain(snapshot, layer, list(flights))
-        self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
-        for number, data in pages:
-            self._cache.put(number, layer.number, data)
-            flights[number].set_result(data)
-        for number, flight in flights.items():
-            if not flight.done():
-                flight.set_exception(FileVanished(f"page {number} did not come with page {pgno}"))
-        return pages[0][1]
-
-    def _join(self, flight: Future[bytes], snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        try:
-            return flight.result(self._timeout)
-        except FutureTimeout:
-            raise StoreUnavailable(
-                f"page {pgno} of {layer} did not arrive within {self._timeout:g} seconds (read_timeout)"
-            ) from None
-        except Exception as exc:  # noqa: BLE001 (whatever it was, it was another reader's)
-            # The reader we joined failed, perhaps for reasons of its own (its page was read ahead with another one).
-            log.debug("joined read of page %d failed (%s); reading it alone", pgno, exc)
-            alone = {pgno: Future[bytes]()}
-            return self._fly(alone, snapshot, layer, pgno)
-
-    def _read_run(self, layer: Layer, pgnos: list[int]) -> list[Page]:
-        """Those pages of `layer`, ascending, in one request for all that lies between the first and the last."""
-        entries = []
-        for pgno in pgnos:
             entry = layer.index.get(pgno)
-            assert entry is not None, "only pages of this layer are asked for"
-            entries.append(entry)
-        base = entries[0][0]
-        length = sum(entries[-1]) - base
-        data = memoryview(self._store.read(layer.file, base, length, self._timeout))
-        size = layer.header.page_size
-        return [
-            (pgno, decode_frame(data[at - base : at - base + n], pgno, size))
-            for pgno, (at, n) in zip(pgnos, entries, strict=True)
-        ]
-
-    def _obtain(self, snapshot: Snapshot, layer: Layer, pgnos: list[int]) -> list[Page]:
-        """The first of those pages, and the others if they come along; from another file if this one has vanished."""
-        try:
-            if not self._relocator.is_gone(layer):
-                return self._read_twice(layer, pgnos)
-        except FileVanished as exc:
-            log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
-        return [(pgnos[0], self._elsewhere(snapshot, layer, pgnos[0]))]
-
-    def _read_twice(self, layer: Layer, pgnos: list[int]) -> list[Page]:
-        """The pages; when some are damaged, the first one alone, fetched again."""
-        pgno = pgnos[0]
-        try:
-            return self._read_run(layer, pgnos)
         except LTXError as exc:
-            log.warning("%s gave damaged bytes (%s); fetching page %d again", layer, exc, pgno)
+            log.warning("%s gave a damaged page index (%s); fetching it again", layer, exc)
+            entry = layer.index.get(pgno)
+        assert entry is not None, "the page map named this layer as the page's owner"
+        return Place(pgno, layer, entry[0], sum(entry))
+
+    # -- what is fetched ahead --
+
+    def _begin(self, snapshot: Snapshot, wanted: Place, further: Iterable[int], reader: Reader) -> Extent:
+        """An extent with the wanted page, claimed by nobody yet, and extents for the others, on their way."""
+        places = self._places(snapshot, further)
+        near, far = [wanted, *places[:_NEAR]], places[_NEAR:]
+        mine, *others = join(near, FIRST)
+        extent, _ = self._extents.begin(
+            wanted.layer.number, mine.start, mine.end, State.WAITING, (wanted.start, wanted.end)
+        )
+        self._start(others + join(far, LIMIT), reader)
+        return extent
+
+    def _ahead(self, snapshot: Snapshot, pages: Iterable[int], reader: Reader) -> None:
+        if pages:
+            self._start(join(self._places(snapshot, pages), LIMIT), reader)
+
+    def _start(self, spans: Iterable[Span], reader: Reader) -> None:
+        for number, span in enumerate(spans):
+            if number >= _REQUESTS or span.end - span.start > self._extents.room:
+                reader.refused(span.pgnos)
+                continue
+            extent, new = self._extents.begin(
+                span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end)
+            )
+            if new and not self._bring(span, extent, Urgency.SOON):
+                reader.refused(span.pgnos)
+
+    def _bring(self, span: Span, extent: Extent, urgency: Urgency) -> bool:
+        """Let a thread fetch an extent, and learn from the interior pages in it that somebody waits for."""
+        wanted = self._trees.wanted.intersection(span.pgnos)
+
+        def work() -> None:
+            self._layers.bring(span.layer, extent)
+            if wanted and extent.state is State.HERE:
+                for pgno in wanted:
+                    self._trees.learn(pgno, _decode(extent.data, extent.start, self._place(span.layer, pgno)))
+
+        if self._readahead.do(work, urgency):
+            return True
+        self._extents.fail(extent)
+        return False
+
+    def gather(self, snapshot: Snapshot, pages: Iterable[int]) -> dict[int, bytes]:
+        """Those of the pages that can be had, all requests at once; for background work. Also into the cache."""
+        found: dict[int, bytes] = {}
+        places: list[Place] = []
+        for pgno in pages:
+            layer = snapshot.pages.owner(pgno) if 1 <= pgno <= snapshot.commit else None
+            if layer is None or self._layers.distrusted(layer):
+                continue
+            page = self._cache.get(pgno, layer.number)
+            if page is not None:
+                found[pgno] = page
+            elif (entry := layer.index.peek(pgno)) is not None:
+                places.append(Place(pgno, layer, entry[0], sum(entry)))
+        for span in join([place for place in places if self._layers.kept(place.layer) is None], FIRST):
+            inner = (span.start, span.end)
+            extent, new = self._extents.begin(span.layer.number, *inner, State.WAITING, inner)
+            if new:
+                self._bring(span, extent, Urgency.PERHAPS)
+        for place in places:
+            page = self._one(place)
+            if page is not None:
+                found[place.pgno] = page
+                self._trees.learn(place.pgno, page)
+                self._cache.put(place.pgno, place.layer.number, page)
+        return found
+
+    def _one(self, place: Place) -> bytes | None:
+        """A page that was sent for; None if it does not come."""
+        number, inner = place.layer.number, (place.start, place.end)
+        whole = self._layers.kept(place.layer)
         try:
-            return self._read_run(layer, [pgno])
+            if whole is not None:
+                return _decode(whole, 0, place)
+            extent, _ = self._extents.begin(number, *inner, State.WAITING, inner)
+            return self._decode_from(extent, place)
+        except (StoreError, LTXError) as exc:
+            log.debug("page %d of %s was not fetched ahead: %s", place.pgno, place.layer, exc)
+        return None
+
+    def _places(self, snapshot: Snapshot, pages: Iterable[int]) -> list[Place]:
+        """Where those of the pages lie that are neither here nor under way. 5 us a page."""
+        places = []
+        for pgno in pages:
+            if not 1 <= pgno <= snapshot.commit:
+                continue
+            layer = snapshot.pages.owner(pgno)
+            if layer is None or (pgno, layer.number) in self._cache or self._relocator.is_gone(layer):
+                continue
+            entry = layer.index.peek(pgno)
+            if entry is None:
+                continue  # where it lies is not worth a request of its own
+            start, end = entry[0], sum(entry)
+            if self._layers.kept(layer) is None and self._extents.find(layer.number, start, end) is None:
+                places.append(Place(pgno, layer, start, end))
+        return places
+
+    # -- bytes to pages --
+
+    def _decode_from(self, extent: Extent, place: Place) -> bytes:
+        """The page; fetched again, alone, when its bytes are damaged or did not come."""
+        patience = min(_PATIENCE, self._timeout / 2)
+        data = self._bytes_of(extent, place, patience)
+        if data is not None:
+            try:
+                return _decode(data, extent.start, place)
+            except LTXError as exc:
+                log.warning("%s gave damaged bytes (%s); fetching page %d again", place.layer, exc, place.pgno)
+                self._extents.discard(extent)
+        try:
+            data = self._read(place.layer, place.start, place.end, self._timeout - patience)
+            return _decode(data, place.start, place)
         except LTXError as exc:
-            raise LTXError(f"page {pgno} in {layer} of {self._store.url} is damaged: {exc}") from exc
+            raise LTXError(f"page {place.pgno} in {place.layer} of {self._store.url} is damaged: {exc}") from exc
+
+    def _bytes_of(self, extent: Extent, place: Place, patience: float) -> Data | None:
+        """The extent's bytes, fetched by us if nobody does; None if whoever does fails or takes long."""
+        if extent.state is State.HERE:
+            return extent.data
+        if not self._extents.claim(extent):
+            extent.arrived.wait(patience)
+            return extent.data or None
+        try:
+            data = self._read(place.layer, extent.start, extent.end, self._timeout)
+        except BaseException:
+            # Also of an interrupt (Ctrl-C), which is ours alone; those who joined read for themselves.
+            self._extents.fail(extent)
+            raise
+        self._extents.finish(extent, data)
+        if len(extent) == place.end - place.start:
+            self._extents.discard(extent)  # one page, in the cache from now on; who waits for it has it in hand
+        return data
+
+    def _read(self, layer: Layer, start: int, end: int, timeout: float) -> Data:
+        with self._counting:
+            self._demand += 1
+        try:
+            return self._layers.load(layer, start, end, timeout)
+        finally:
+            with self._counting:
+                self._demand -= 1
 
     def _elsewhere(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
+        """The page from another file: its own has vanished."""
         gone = layer
         for _ in range(3):
             other = self._relocator.find(snapshot, pgno, gone)
             try:
-                kept = self._layers.kept(other)
-                return _page_of(kept, other, pgno) if kept else self._read_twice(other, [pgno])[0][1]
+                place = self._place(other, pgno)
+                whole = self._layers.kept(other)
+                if whole is not None:
+                    return _decode(whole, 0, place)
+                inner = (place.start, place.end)
+                extent, _ = self._extents.begin(other.number, *inner, State.WAITING, inner)
+                return self._decode_from(extent, place)
             except FileVanished as exc:
                 log.info("%s is gone too (%s)", other, exc)
                 gone = other
@@ -189,8 +287,7 @@ class Fetcher:
         )
 
 
-def _page_of(file_bytes: bytes, layer: Layer, pgno: int) -> bytes:
-    entry = layer.index.get(pgno)
-    assert entry is not None, "the page map named this layer as the page's owner"
-    offset, size = entry
-    return decode_frame(memoryview(file_bytes)[offset : offset + size], pgno, layer.header.page_size)
+def _decode(data: Data, base: int, place: Place) -> bytes:
+    """The page at `place` out of bytes that begin at offset `base` of its file."""
+    frame = memoryview(data)[place.start - base : place.end - base]
+    return decode_frame(frame, place.pgno, place.layer.header.page_size)

@@ -122,8 +122,7 @@ class Filler:
         kept = self._layers.kept(layer)
         if kept is not None:
             return copy.write(layer, pages_of(kept, layer, wanted))
-        entries = [entry for entry in map(layer.index.get, wanted) if entry is not None]
-        if 2 * sum(size for _, size in entries) < layer.file.size:
+        if 2 * len(wanted) < len(layer.index):
             return self._read_ranges(layer, layer, wanted, copy)
         try:
             return self._read_whole(layer, wanted, copy)

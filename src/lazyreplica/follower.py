@@ -16,9 +16,9 @@ from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError, Replica
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers, check_page_size
 from lazyreplica.ltx.name import FileName, format_txid
-from lazyreplica.pagemap import Layer, stack
+from lazyreplica.pagemap import Layer
 from lazyreplica.plan import extend, plan
-from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
 from lazyreplica.storage import SNAPSHOT_LEVEL, Store, StoredFile
 
 log = logging.getLogger(__name__)
@@ -316,11 +316,6 @@ class Follower:
             )
         self._recorded = set(files)
         self._replace(snapshot)
-
-
-def stack_snapshot(layers: list[Layer], lineage: Lineage) -> Snapshot:
-    """The snapshot at the end of a chain of opened layers."""
-    return Snapshot(lineage, layers[-1], stack(layers))
 
 
 def _continues_wal(before: Layer, after: Layer) -> bool:

@@ -108,7 +108,7 @@ class Head:
                 layer for layer in self._history if layer.max_txid > snapshot.txid and layer.file.name.min_txid <= txid
             ]
         # A page that a layer cuts off is in no index, and the compacted files of later states have dropped it.
-        return any(layer.header.commit < pgno or layer.index.get(pgno) is not None for layer in between)
+        return any(layer.header.commit < pgno or layer.index.holds(pgno) for layer in between)
 
     def _trim(self) -> None:
         lineage = self._current.lineage

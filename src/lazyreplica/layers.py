@@ -6,21 +6,25 @@ compaction, and were verified by the file's own checksum.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
+import math
+import mmap
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from functools import partial
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
-from cachetools import LRUCache
-
+from lazyreplica.clock import now
 from lazyreplica.errors import LTXError, ReplicaDamaged
+from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
 from lazyreplica.ltx.index import PageIndex, locate_index
+from lazyreplica.ltx.lazyindex import Index, LazyIndex
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
 from lazyreplica.storage import Store, StoredFile
@@ -30,15 +34,26 @@ log = logging.getLogger(__name__)
 KEEP_FILE = 256 << 10
 """Files up to this many bytes are fetched whole when opened."""
 VERIFY_FILE = 8 << 20
-"""Increments up to this many bytes are read whole and verified when opened: a page index is covered by nothing but the
-file's checksum, and a wrong page number in it would let an older page show through. (Of a snapshot's index every entry
-is determined by its neighbours.)"""
-KEEP_TOTAL = 16 << 20
+"""Increments up to this many bytes are read whole and verified: a page index is covered by nothing but the file's
+checksum, and a wrong page number in it would let an older page show through. (Of a snapshot's index every entry is
+determined by its neighbours.) When a replica is opened over a network, that follows right after (`verify`)."""
+KEEP_TOTAL = 12 << 20
 """Whatever was fetched whole is kept, up to this many bytes in all; the least recently used files go first."""
+PASSING_TOTAL = 10 << 20
+"""Stretches of larger files stay, up to this many bytes in all, those under way included."""
 ARRIVAL_LIMIT = 8 << 20
 """A new transaction's file up to this many bytes is taken whole with the request that finds it."""
+_HEAD = 64 << 10
+"""The first pages of a file come with its header: in a snapshot the schema, and the roots of old tables."""
 _TAIL = 64 << 10
-_PARALLEL = 8
+_TAIL_SHARE = 128
+"""Of larger files one part in so many is read from the end: an index has about 9 bytes for a frame of 1 to 4 KB."""
+_TAIL_MOST = 1 << 20
+_LARGE = 64 << 10
+_ON_THE_WAY = 24 << 20
+"""Bytes that are asked for ahead of the file that is being looked at."""
+_PIECE = 512 << 10
+"""Bytes of one request for a file that is read whole: more pieces travel side by side."""
 
 _numbers = itertools.count(1)
 
@@ -59,13 +74,16 @@ class Layers:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._open: WeakValueDictionary[StoredFile, Layer] = WeakValueDictionary()
+        self._unverified: WeakSet[Layer] = WeakSet()
+        """Increments that were opened by head and tail."""
         self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
-        self._kept: LRUCache[int, bytes] = LRUCache(KEEP_TOTAL, getsizeof=len)
+        self.extents = Extents(KEEP_TOTAL, PASSING_TOTAL)
+        self.latency = math.inf
+        """Seconds that the fastest request took."""
 
     def kept(self, layer: Layer) -> bytes | None:
         """All bytes of the layer's file, if they are here."""
-        with self._lock:
-            return self._kept.get(layer.number)
+        return self.extents.whole(layer.number)
 
     def distrust(self, layer: Layer, reason: str) -> None:
         """The layer's file fails its checksum: none of its pages may be served from now on.
@@ -73,43 +91,88 @@ class Layers:
         A single page cannot be told from a damaged one (an LZ4 block carries no checksum), so all of them are refused.
         """
         self._distrusted[layer] = reason
+        self.extents.drop(layer.number)
 
     def distrusted(self, layer: Layer) -> str | None:
         """Why the layer's file is not to be used, or None."""
-        return self._distrusted.get(layer)
+        return self._distrusted.get(layer) if self._distrusted else None
 
-    def open_chain(self, files: Sequence[StoredFile]) -> list[Layer]:
-        """Open the files of a chain, several at a time, and check that they belong together.
+    def open_chain(
+        self, files: Sequence[StoredFile], crew: Executor | None = None, opened: Callable[[Layer], None] | None = None
+    ) -> list[Layer]:
+        """Open the files of a chain, all requests at once, and check that they belong together.
+
+        `crew` makes the requests, and means that somebody waits: what is large is then not verified yet (see `verify`).
+        Without one, threads are started if that is worth it. `opened` is told of each file that is read, while others
+        are still on their way.
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
-        layers: list[Layer] = []
-        if len(files) > 1:
-            workers = ThreadPoolExecutor(min(_PARALLEL, len(files)), thread_name_prefix="lazyreplica-open")
-            with contextlib.suppress(RuntimeError), workers:  # no new threads at interpreter exit: go on without
-                layers = list(workers.map(self.open, files))
-        layers = layers or [self.open(file) for file in files]
+        with self._lock:
+            here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
+        new = [file for file in files if file not in here]
+        for file, parts in zip(new, self._fetch(new, crew), strict=True):
+            here[file] = self._read(file, parts, crew is not None)
+            if opened is not None:
+                opened(here[file])
+        layers = [here[file] for file in files]
         for layer in layers[1:]:
             check_page_size(layers[0], layer)
         return layers
 
     def open(self, file: StoredFile) -> Layer:
         """The layer of a listed file. Bytes that do not parse are fetched once more before that is an error."""
-        with self._lock:
-            layer = self._open.get(file)
-        if layer is not None:
-            return layer
+        return self.open_chain([file])[0]
+
+    def _fetch(self, files: Sequence[StoredFile], crew: Executor | None) -> Iterator[list[bytes]]:
+        """The stretches of each file that opening it needs (see `_stretches`), in the order of `files`."""
+        quick = crew is not None
+        jobs = [[(file, *stretch) for stretch in _stretches(file, quick)] for file in files]
+        count = sum(map(len, jobs))
+        if count > 1 and crew is None and self._store.parallel > 1:
+            crew = own = ThreadPoolExecutor(min(self._store.parallel, count), thread_name_prefix="lazyreplica-open")
+        else:
+            own = None
+        waiting: deque[list[Future[bytes]]] = deque()
+        asked = on_the_way = 0
         try:
-            return self._read(file)
+            for index, each in enumerate(jobs):
+                while crew is not None and asked < len(jobs) and (asked <= index or on_the_way < _ON_THE_WAY):
+                    try:
+                        waiting.append([crew.submit(self._get, *job) for job in jobs[asked]])
+                    except RuntimeError:  # no new threads at interpreter exit: go on without
+                        crew = None
+                    else:
+                        on_the_way += _length(jobs[asked])
+                        asked += 1
+                if index < asked:
+                    parts = [future.result() for future in waiting.popleft()]
+                    on_the_way -= _length(each)
+                else:
+                    parts = [self._get(*job) for job in each]
+                yield parts
+        finally:
+            if own is not None:
+                own.shutdown(wait=False, cancel_futures=True)
+
+    def _get(self, file: StoredFile, offset: int, length: int) -> bytes:
+        start = now()
+        data = self._store.read(file, offset, length, self._timeout)
+        self.latency = min(self.latency, now() - start)
+        return data
+
+    def _read(self, file: StoredFile, parts: list[bytes], quick: bool) -> Layer:
+        try:
+            return self._assemble(file, parts, quick)
         except LTXError as first:
             log.warning("%s of %s is damaged (%s); fetching it again", file, self._store.url, first)
-            try:
-                return self._read(file)
-            except LTXError as again:
-                raise LTXError(
-                    f"{file} of {self._store.url} is damaged: {again}; `litestream restore` cannot use it either, "
-                    "a new snapshot by the primary replaces it"
-                ) from again
+        try:
+            return self._assemble(file, [self._get(file, *stretch) for stretch in _stretches(file, quick)], quick)
+        except LTXError as again:
+            raise LTXError(
+                f"{file} of {self._store.url} is damaged: {again}; `litestream restore` cannot use it either, "
+                "a new snapshot by the primary replaces it"
+            ) from again
 
     def probe(self, level: int, name: FileName, timeout: float) -> Arrival | None:
         """The file of that name if it is there: one request, usually with all its bytes."""
@@ -125,30 +188,83 @@ class Layers:
             raise LTXError(f"{file} of {self._store.url} is damaged: {exc}") from exc
         return Arrival(layer, data)
 
-    def _read(self, file: StoredFile) -> Layer:
-        if file.size <= (KEEP_FILE if file.name.is_snapshot else max(KEEP_FILE, VERIFY_FILE)):
-            return self._adopt_whole(file, self._store.read(file, 0, file.size, self._timeout))
-        tail_size = min(file.size - HEADER_SIZE, _TAIL)
-        header = Header.parse(self._store.read(file, 0, HEADER_SIZE, self._timeout))
-        tail = self._store.read(file, file.size - tail_size, tail_size, self._timeout)
+    def load(self, layer: Layer, start: int, end: int, timeout: float) -> Data:
+        """Bytes start <= offset < end of a layer's file."""
+        if end - start < _LARGE:
+            return self._store.read(layer.file, start, end - start, timeout)
+        # Into memory of its own. Of the C library's heap every thread has one, which does not give back what it has
+        # grown by: 14 MiB in a scan.
+        buffer = memoryview(mmap.mmap(-1, end - start))
+        self._store.read_into(layer.file, start, buffer, timeout)
+        return buffer
+
+    def bring(self, layer: Layer, extent: Extent) -> None:
+        """Fetch a waiting extent, unless somebody does already. Raises `StoreError`; then it is as if never begun."""
+        if not self.extents.claim(extent):
+            return
+        try:
+            data = self.load(layer, extent.start, extent.end, self._timeout)
+        except BaseException:
+            self.extents.fail(extent)
+            raise
+        self.extents.finish(extent, data)
+
+    def verify(self, layer: Layer) -> str | None:
+        """Read the whole file of an increment that was opened without, verify it, and keep it.
+
+        Returns what is wrong with it, found twice; None if nothing is. Raises `StoreError`.
+        """
+        file = layer.file
+        if layer not in self._unverified or file.size > VERIFY_FILE:
+            return None
+        self._unverified.discard(layer)
+        for attempt in (1, 2):
+            data = self._get(file, 0, file.size)
+            try:
+                decoded = decode_file(data)
+                if (decoded.header, decoded.index) != (layer.header, layer.index):
+                    raise LTXError("header or page index are not what they were when it was opened")
+            except LTXError as exc:
+                log.warning("%s of %s is damaged (%s)", file, self._store.url, exc)
+                if attempt == 2:
+                    return str(exc)
+            else:
+                self.extents.keep_whole(layer.number, data)
+                break
+        return None
+
+    def _assemble(self, file: StoredFile, parts: list[bytes], quick: bool) -> Layer:
+        if _is_read_whole(file, quick):
+            return self._adopt_whole(file, b"".join(parts))
+        head, tail = parts
+        header = Header.parse(head[:HEADER_SIZE])
         start, length = locate_index(tail, file.size)
-        held_from = file.size - tail_size
-        missing = b""
-        if start < held_from:
-            missing = self._store.read(file, start, held_from - start, self._timeout)
+        layer = self._adopt(
+            file, header, self._index(file, header, start, length, tail), Trailer.parse(tail[-TRAILER_SIZE:])
+        )
+        if not header.is_snapshot:
+            self._unverified.add(layer)
+        self.extents.add(layer.number, 0, head)
+        self.extents.add(layer.number, file.size - len(tail), tail[: start - file.size + len(tail)])  # the last frames
+        return layer
+
+    def _index(self, file: StoredFile, header: Header, start: int, length: int, tail: bytes) -> Index:
+        held_from = file.size - len(tail)
+        if header.is_snapshot:
+            index = LazyIndex(header, file.size, start, length, partial(self._get, file))
+            index.preload(held_from, tail)
+            return index
+        missing = self._get(file, start, held_from - start) if start < held_from else b""
         held = max(start, held_from) - held_from
-        index = PageIndex.parse(missing + tail[held : start + length - held_from], header=header, file_size=file.size)
-        return self._adopt(file, header, index, Trailer.parse(tail[-TRAILER_SIZE:]))
+        return PageIndex.parse(missing + tail[held : start + length - held_from], header=header, file_size=file.size)
 
     def _adopt_whole(self, file: StoredFile, data: bytes) -> Layer:
         decoded = decode_file(data)
         layer = self._adopt(file, decoded.header, decoded.index, decoded.trailer)
-        if len(data) <= KEEP_TOTAL:
-            with self._lock:
-                self._kept[layer.number] = data
+        self.extents.keep_whole(layer.number, data)
         return layer
 
-    def _adopt(self, file: StoredFile, header: Header, index: PageIndex, trailer: Trailer) -> Layer:
+    def _adopt(self, file: StoredFile, header: Header, index: Index, trailer: Trailer) -> Layer:
         if header.name != file.name:
             raise ReplicaDamaged(
                 f"{file} of {self._store.url} says in its header that it is {header.name}: "
@@ -159,6 +275,25 @@ class Layers:
             if layer is None:
                 layer = self._open[file] = Layer(next(_numbers), file, header, index, trailer.file_checksum)
         return layer
+
+
+def _length(jobs: Iterable[tuple[StoredFile, int, int]]) -> int:
+    return sum(length for _, _, length in jobs)
+
+
+def _is_read_whole(file: StoredFile, quick: bool) -> bool:
+    return file.size <= (KEEP_FILE if quick or file.name.is_snapshot else max(KEEP_FILE, VERIFY_FILE))
+
+
+def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
+    """(offset, length) of what opening a file needs: all of it in pieces, or the head and the tail."""
+    if _is_read_whole(file, quick):
+        return [(at, min(_PIECE, file.size - at)) for at in range(0, file.size, _PIECE)] or [(0, 0)]
+    if not file.name.is_snapshot:
+        tail = min(file.size, _TAIL)
+        return [(0, HEADER_SIZE), (file.size - tail, tail)]
+    tail = max(0, min(file.size - HEADER_SIZE, max(_TAIL, min(file.size // _TAIL_SHARE, _TAIL_MOST))))
+    return [(0, min(_HEAD, file.size)), (file.size - tail, tail)]
 
 
 def check_page_size(before: Layer, after: Layer) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from lazyreplica.ltx.header import Header, lock_pgno
-from lazyreplica.ltx.index import PageIndex
+from lazyreplica.ltx.lazyindex import Index
 from lazyreplica.storage import StoredFile
 
 
@@ -26,7 +26,7 @@ class Layer:
     """Names the version of every page in this file, in caches and in the local copy; unique in the process."""
     file: StoredFile
     header: Header
-    index: PageIndex
+    index: Index
     checksum: int
     """The file's checksum of itself (its trailer): equal checksum, equal content, whatever the store calls it."""
 
@@ -84,7 +84,7 @@ class _Single:
 
     def owner(self, pgno: int) -> Layer | None:
         layer = self.layers[0]
-        return None if layer.index.get(pgno) is None else layer
+        return layer if layer.index.holds(pgno) else None
 
     def items(self) -> Iterable[tuple[int, Layer]]:
         layer = self.layers[0]

@@ -7,14 +7,14 @@ A transaction's way in: follower -> local copy -> a new head snapshot, by one as
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from functools import partial
 
 from lazyreplica.cache import PageCache
 from lazyreplica.config import Options
+from lazyreplica.crawl import crawl
 from lazyreplica.errors import (
-    EmptyReplica,
-    FileVanished,
-    LegacyLayout,
     LineageChanged,
     ReplicaError,
     ReplicaGap,
@@ -22,20 +22,24 @@ from lazyreplica.errors import (
     WaitTimeout,
 )
 from lazyreplica.fetcher import Fetcher
-from lazyreplica.follower import Follower, stack_snapshot
+from lazyreplica.follower import Follower
 from lazyreplica.head import Head
 from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator, make_work_directory
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.plan import plan
-from lazyreplica.prefetch import SequentialWindow
+from lazyreplica.opening import FAR, open_newest
+from lazyreplica.pagemap import Layer
+from lazyreplica.prefetch import Reader
+from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
-from lazyreplica.snapshot import Lineage, Snapshot
-from lazyreplica.storage import Listing, Store, StoredFile
+from lazyreplica.snapshot import Snapshot
+from lazyreplica.storage import Store
+from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
 
 _WAIT_STEP = 0.2
+_GRACE = 0.02
 _OPEN_TIMEOUT = 10.0
 """Seconds for the first listing: who opens a replica wants to know soon that nobody answers."""
 
@@ -53,25 +57,46 @@ class Replica:
         self.url = store.url
         self._store = store
         self._closed = False
+        self._closing = threading.Event()
         self.layers = Layers(store, options.read_timeout)
         try:
-            listed, snapshot = _open_newest(store, self.layers, min(_OPEN_TIMEOUT, options.read_timeout))
+            listed, snapshot = open_newest(store, self.layers, min(_OPEN_TIMEOUT, options.read_timeout))
             self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
                 store, self.layers, self._head, listed, self._advance, self._replace, options.read_timeout
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
-            self._fetcher = Fetcher(store, self.layers, self._cache, relocator, options.read_timeout)
+            self._trees = Trees(snapshot.page_size)
+            self._readahead = Readahead(store.parallel)
+            self._fetcher = Fetcher(
+                store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
+            )
             self._hydrator = self._make_hydrator(relocator)
         except BaseException:
             store.close()
             raise
         if self._hydrator:
             self._hydrator.start()
+        if store.parallel > 1:
+            self._readahead.do(lambda: self._warm_up(snapshot), Urgency.WHENEVER)
         if options.poll_interval:
             self._follower.start(options.poll_interval)
         log.debug("opened %s at TXID %s: %d bytes", self.url, format_txid(snapshot.txid), snapshot.size)
+
+    def _warm_up(self, snapshot: Snapshot) -> None:
+        """What makes the first minutes better, in a thread of its own, once the one who opened us has begun to read."""
+        if self._closing.wait(_GRACE):
+            return
+        for layer in snapshot.pages.layers():
+            self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
+        if "interior" in self.options.prefetch and self.layers.latency > FAR:
+            crawl(snapshot, self._fetcher, self._trees)
+
+    def _verify(self, layer: Layer) -> None:
+        damage = self.layers.verify(layer)
+        if damage is not None:
+            self._fetcher.distrust(layer, damage)
 
     def _make_hydrator(self, relocator: Relocator) -> Hydrator | None:
         work = make_work_directory(self.options, self._head.current, self.url)
@@ -140,7 +165,11 @@ class Replica:
         if self._hydrator:
             self._hydrator.unpinned()
 
-    def read(self, snapshot: Snapshot, pgno: int, window: SequentialWindow) -> bytes:
+    def reader(self) -> Reader:
+        """What predicts the reads of one more open database."""
+        return Reader(self._trees, self.head.page_size, self.options.prefetch)
+
+    def read(self, snapshot: Snapshot, pgno: int, reader: Reader) -> bytes:
         """Page `pgno` (1 <= pgno <= commit) of a pinned snapshot, as it is stored.
 
         Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; never returns a page it is not sure of.
@@ -156,10 +185,13 @@ class Replica:
                 page = copy.read(pgno, layer.number)
             except OSError as exc:
                 self._hydrator.give_up(copy, exc)
-        if page is None:
-            page = self._cache.get(pgno, layer.number)
-        if page is None:
-            page = self._fetcher.page(snapshot, layer, pgno, window.missed(pgno))
+        if page is not None:
+            return page
+        page = self._cache.get(pgno, layer.number)
+        if page is not None:
+            reader.hit(pgno, page)
+        else:
+            page = self._fetcher.page(snapshot, layer, pgno, reader)
         return page
 
     def refresh(self) -> None:
@@ -192,11 +224,14 @@ class Replica:
         if self._closed:
             return
         self._closed = True
+        self._closing.set()
         self._follower.stop()
+        self._readahead.stop()
         if self._hydrator:
             self._hydrator.stop()
         self._store.close()  # wakes whoever waits for the network, so that the joins below are short
         self._follower.join(JOIN_TIMEOUT)
+        self._readahead.join(JOIN_TIMEOUT)
         if self._hydrator:
             self._hydrator.close()
 
@@ -213,6 +248,8 @@ class Replica:
             self._head.advance(after)
 
     def _replace(self, after: Snapshot) -> None:
+        if after.lineage.number != self._head.current.lineage.number:
+            self._trees.forget(after.page_size)
         if self._hydrator:
             self._hydrator.replace(after)
         else:
@@ -230,34 +267,3 @@ class Replica:
         except ReplicaGap as exc:
             log.info("%s cannot be followed: %s", self.url, exc)
         return self._follower.standing
-
-
-def _open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:
-    for attempt in (1, 2, 3):
-        listing = store.list_all(timeout)
-        try:
-            return listing.files, stack_snapshot(layers.open_chain(_plan_newest(listing, store.url)), Lineage())
-        except (FileVanished, ReplicaGap) as exc:
-            # Compaction moves files while we look: what is wrong only for a moment is not wrong.
-            if attempt == 3:
-                raise
-            log.info("planning %s again: %s", store.url, exc)
-    raise AssertionError("unreachable")
-
-
-def _plan_newest(listing: Listing, url: str) -> tuple[StoredFile, ...]:
-    if not listing.files:
-        if "generations" in listing.strangers:
-            raise LegacyLayout(
-                f"{url} holds a Litestream 0.3 backup (a 'generations' folder), which has no LTX files: let Litestream "
-                "0.5 write a replica there, or restore the old one with `litestream restore` and publish it"
-            )
-        found = f"; found there: {', '.join(sorted(listing.strangers)[:5])}" if listing.strangers else ""
-        raise EmptyReplica(
-            f"{url} holds no LTX files{found}: check the path (it is the replica's path, as in litestream.yml), and "
-            "that Litestream 0.5 has synced at least once"
-        )
-    try:
-        return plan(listing.files)
-    except ReplicaGap as exc:
-        raise ReplicaGap(f"{url}: {exc}") from exc

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lazyreplica.errors import ReplicaDamaged
 from lazyreplica.ltx.header import lock_pgno
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.pagemap import Layer, PageMap
+from lazyreplica.pagemap import Layer, PageMap, stack
 
 _numbers = itertools.count(1)
 
@@ -102,3 +102,8 @@ class Snapshot:
     def with_layer(self, layer: Layer, lineage: Lineage | None = None) -> Snapshot:
         """The state after `layer`."""
         return Snapshot(lineage or self.lineage, layer, self.pages.with_layer(layer))
+
+
+def stack_snapshot(layers: list[Layer], lineage: Lineage) -> Snapshot:
+    """The snapshot at the end of a chain of opened layers."""
+    return Snapshot(lineage, layers[-1], stack(layers))

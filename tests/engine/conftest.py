@@ -32,3 +32,4 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are not fetched whole at open: the hydrator has to read them."""
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)

@@ -18,7 +18,6 @@ import apsw
 from lazyreplica.config import Options
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, FileName, Header, PageIndex, encode_file
 from lazyreplica.pagemap import Layer, stack
-from lazyreplica.prefetch import SequentialWindow
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Lineage, Snapshot
 from lazyreplica.storage import Listing, StoredFile, open_store
@@ -175,8 +174,9 @@ def sqlite_history(path: Path, statements: list[str]) -> History:
 class SpyStore:
     """A store that counts what is asked of it, and does what a test wants before or instead."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, parallel: int = 1) -> None:
         self.inner = open_store(url)
+        self.parallel = parallel
         self.url = self.inner.url
         self.reads: list[tuple[StoredFile, int, int]] = []
         self.listings = 0
@@ -186,6 +186,9 @@ class SpyStore:
         self.change: Callable[[StoredFile, int, bytes], bytes] = lambda file, offset, data: data
         self.before_list: Callable[[], object] = lambda: None
         self.after_list: Callable[[], object] = lambda: None
+
+    def prepare(self, timeout: float) -> None:
+        pass
 
     def list_all(self, timeout: float) -> Listing:
         self.listings += 1
@@ -201,6 +204,9 @@ class SpyStore:
         self.reads.append((file, offset, length))
         self.before_read(file, offset, length)
         return self.change(file, offset, self.inner.read(file, offset, length, timeout))
+
+    def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
+        buffer[:] = self.read(file, offset, len(buffer), timeout)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         self.probes.append(name)
@@ -233,7 +239,7 @@ def opened(replica: ReplicaDirectory | SpyStore, **options: Any) -> Iterator[Rep
 
 
 def read_page(replica: Replica, snapshot: Snapshot, pgno: int) -> bytes:
-    return replica.read(snapshot, pgno, SequentialWindow(snapshot.page_size))
+    return replica.read(snapshot, pgno, replica.reader())
 
 
 def read_database(replica: Replica, snapshot: Snapshot | None = None) -> bytes:

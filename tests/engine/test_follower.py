@@ -271,6 +271,7 @@ def test_a_rewritten_key_never_stands_in_for_what_is_pinned(
     """Another history with the same TXIDs takes the place of ours while a transaction is open."""
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     history, _ = start(directory.path)
     history.commit([2])
     directory.write(history, 9, 1, 1)

@@ -37,6 +37,7 @@ def test_the_file_becomes_the_database(
     if not kept:
         monkeypatch.setattr(layers, "KEEP_FILE", 0)
         monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+        monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
         monkeypatch.setattr(filling, "CHUNK", 3000)  # frames straddle chunks
     history = long_replica(directory)
     spy = SpyStore(directory.url)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import apsw
 import pytest
-from replicas import ReplicaDirectory, start
+from replicas import ReplicaDirectory, opened, start
 
 import lazyreplica
 from lazyreplica import config
-from lazyreplica.config import ENVIRONMENT, OPTION_NAMES, Options, configure, is_configured, resolve
+from lazyreplica.config import ENVIRONMENT, OPTION_NAMES, TECHNIQUES, Options, configure, is_configured, resolve
 from lazyreplica.errors import ConfigError
 
 
@@ -112,8 +112,92 @@ def test_paths() -> None:
         parsed(hydration_path=5)
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", TECHNIQUES),
+        ("none", ()),
+        (" all ", TECHNIQUES),
+        ("rows", ["rows"]),
+        ("overflow,interior", ["overflow", "interior"]),
+        (" sequential , siblings ,", ["sequential", "siblings"]),
+        ("rows overflow", ["rows", "overflow"]),
+        ("rows,rows", ["rows"]),
+        (",".join(TECHNIQUES), TECHNIQUES),
+        (["all"], TECHNIQUES),
+        (["none"], ()),
+        (["rows", "interior"], ["rows", "interior"]),
+        (("siblings",), ["siblings"]),
+        ({"siblings", "rows"}, ["siblings", "rows"]),
+        (frozenset({"sequential"}), ["sequential"]),
+        ([], ()),
+        ((), ()),
+        (frozenset(), ()),
+    ],
+)
+def test_techniques(value: object, expected: Iterable[str]) -> None:
+    assert parsed(prefetch=value).prefetch == frozenset(expected)
+
+
+def test_every_technique_is_used_unless_told_otherwise() -> None:
+    assert Options().prefetch == frozenset(TECHNIQUES)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "rows,guess",
+        "All",
+        "true",
+        "all,rows",
+        "none,rows",
+        "rows;siblings",
+        ["rows", "guess"],
+        ["all", "rows"],
+        [1],
+        [None],
+        [["rows"]],
+        1,
+        0,
+        True,
+        False,
+        b"rows",
+        {"rows": True},
+    ],
+)
+def test_techniques_that_are_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"test is .*, expected all, none, or some of sequential, siblings, rows"):
+        parsed(prefetch=value)
+
+
+def test_techniques_reach_the_reader(directory: ReplicaDirectory) -> None:
+    """From the environment, `configure` and a URI; what is not asked for is not done."""
+    start(directory.path, 3)
+    with opened(directory, prefetch=frozenset({"rows", "overflow"})) as replica:
+        assert replica.reader()._techniques == {"rows", "overflow"}
+    configure("x.db", directory.url, prefetch="none")
+    assert resolve("x.db", {})[1].prefetch == frozenset()
+    assert resolve("x.db", {"prefetch": "rows,siblings"})[1].prefetch == {"rows", "siblings"}
+    with pytest.raises(ConfigError, match="LITESTREAM_PREFETCH is 'lots'"):
+        Options.from_environment({"LITESTREAM_PREFETCH": "lots"})
+    with pytest.raises(ConfigError, match="URI parameter prefetch is 'lots'"):
+        resolve("x.db", {"prefetch": "lots"})
+    lazyreplica.connect(directory.url, hydrate=False, poll_interval=0, prefetch="interior").close()
+
+
+# Regression (vfs/connections.py, `connect`): a list travels as str(value), which is no list of techniques.
+@pytest.mark.parametrize("names", [["interior", "rows"], ("siblings",), {"rows"}, frozenset({"rows"}), [], frozenset()])
+def test_connect_takes_what_configure_takes(directory: ReplicaDirectory, names: Iterable[str]) -> None:
+    start(directory.path, 3)
+    configure("x.db", directory.url, prefetch=names)
+    assert resolve("x.db", {})[1].prefetch == frozenset(names)
+    db = lazyreplica.connect(directory.url, hydrate=False, poll_interval=0, prefetch=names)
+    assert db.pragma("litestream_txid") == "0000000000000001"
+    db.close()
+
+
 def test_none_is_the_default() -> None:
-    changed = parsed(cache_size=1, poll_interval=9, hydrate=True, hydration_path="/x")
+    changed = parsed(cache_size=1, poll_interval=9, hydrate=True, hydration_path="/x", prefetch="none")
     assert changed.updated(dict.fromkeys(OPTION_NAMES), "test") == Options()
 
 
@@ -146,10 +230,11 @@ def test_the_environment_sets_every_option() -> None:
         "poll_interval": "3s",
         "max_staleness": "4",
         "read_timeout": "5",
+        "prefetch": "rows,siblings",
     }
     assert set(texts) == set(ENVIRONMENT) == set(OPTION_NAMES)
     found = Options.from_environment({ENVIRONMENT[name]: text for name, text in texts.items()})
-    assert found == Options(True, 1024, "/x", 2048, 3.0, 4.0, 5.0)
+    assert found == Options(True, 1024, "/x", 2048, 3.0, 4.0, 5.0, frozenset({"rows", "siblings"}))
     assert Options.from_environment(dict.fromkeys(ENVIRONMENT.values(), "")) == Options()
 
 

@@ -37,6 +37,7 @@ LAZY = {"cache_size": 0, "poll_interval": 600.0, "max_staleness": 600.0}
 def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
 
 
 def three_transactions(directory: ReplicaDirectory) -> History:

@@ -20,6 +20,7 @@ def test_readers_see_one_transaction_or_an_honest_error(
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     monkeypatch.setattr(filling, "CHUNK", 4096)
     monkeypatch.setattr(hydrator, "_RETRY", 0.01)
     monkeypatch.setattr(follower, "LIST_EVERY", 0.05)  # level-0 files live for milliseconds here, not for minutes

@@ -227,6 +227,7 @@ def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "large":
         monkeypatch.setattr(layers, "KEEP_FILE", 100)
         monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+        monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
         monkeypatch.setattr(layers, "_TAIL", 200)
 
 
@@ -284,6 +285,7 @@ def test_a_snapshot_that_announces_a_huge_database_is_an_error(
         for keep in (100, 256 << 10):
             monkeypatch.setattr(layers, "KEEP_FILE", keep)
             monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+            monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
             assert path.name in failure(url, LTXError, hydrate=hydrate)
 
 

@@ -33,6 +33,7 @@ def by_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are treated as large ones are: header, index and pages are fetched on their own."""
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     monkeypatch.setattr(layers, "_TAIL", 200)
 
 
@@ -343,6 +344,7 @@ def test_damage_under_an_open_connection_is_an_error_of_the_query(
     """The file's pages rot after it was opened: the same size, the same date, other bytes."""
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     history = make_history(tmp_path, rows=2000)
     url = history.write(replica, 1)
     path = replica / "ltx" / "0" / f"{1:016x}-{1:016x}.ltx"

@@ -257,6 +257,7 @@ def test_a_server_that_dies_is_an_error_of_the_query_and_heals(
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     port = free_port()
     with serve_rclone(tmp_path, port=port) as server:
         bucket = server.new_bucket()
@@ -280,6 +281,7 @@ def test_a_directory_that_goes_away_is_an_error_of_the_query_and_heals(
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     with opened(history.write(replica), **STILL) as connection:
         replica.rename(tmp_path / "elsewhere")
         with pytest.raises(StoreError, match=str(replica)) as caught:
@@ -294,6 +296,7 @@ def test_files_that_are_deleted_by_hand_are_an_error_of_the_query(
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     with opened(history.write(replica), **STILL) as connection:
         shutil.rmtree(replica / "ltx" / "0")
         with pytest.raises(ReplicaError) as caught:

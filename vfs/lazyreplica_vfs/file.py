@@ -7,7 +7,6 @@ import ctypes
 import apsw
 
 from lazyreplica.errors import ConfigError, LazyReplicaError
-from lazyreplica.prefetch import SequentialWindow
 from lazyreplica.registry import release
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
@@ -37,7 +36,7 @@ class ReplicaFile:
         self.replica = replica
         head = replica.head
         self._lineage = head.lineage.number
-        self._window = SequentialWindow(head.page_size)
+        self._reader = replica.reader()
         self._connection = 0
         self._first: tuple[Snapshot, bytes] | None = None
         """Page 1 as shown for a snapshot: SQLite looks at it at the start of every transaction."""
@@ -104,20 +103,20 @@ class ReplicaFile:
     def _read(self, snapshot: Snapshot, amount: int, offset: int) -> bytes:
         size = snapshot.page_size
         if amount == size and offset and offset % size == 0 and offset < snapshot.size:
-            return self.replica.read(snapshot, offset // size + 1, self._window)
+            return self.replica.read(snapshot, offset // size + 1, self._reader)
         end = min(offset + amount, snapshot.size)
         pieces = []
         while offset < end:
             pgno, start = offset // size + 1, offset % size
             length = min(size - start, end - offset)
-            page = self._page_1(snapshot) if pgno == 1 else self.replica.read(snapshot, pgno, self._window)
+            page = self._page_1(snapshot) if pgno == 1 else self.replica.read(snapshot, pgno, self._reader)
             pieces.append(page[start : start + length])
             offset += length
         return b"".join(pieces)
 
     def _page_1(self, snapshot: Snapshot) -> bytes:
         if self._first is None or self._first[0] is not snapshot:
-            self._first = (snapshot, page1.shown(snapshot, self.replica.read(snapshot, 1, self._window)))
+            self._first = (snapshot, page1.shown(snapshot, self.replica.read(snapshot, 1, self._reader)))
         return self._first[1]
 
     # -- the rest of sqlite3_io_methods --

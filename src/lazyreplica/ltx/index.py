@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from operator import sub
 from typing import Final
 
@@ -81,7 +82,7 @@ class PageIndex:
         end = file_size - TRAILER_SIZE - len(data) - FRAME_HEADER_SIZE
         if len(data) <= _LENGTH_SIZE or int.from_bytes(data[-_LENGTH_SIZE:], "big") != len(data) - _LENGTH_SIZE:
             raise LTXError(f"page index of {len(data)} bytes does not end with its length")
-        pgnos, offsets = _parse_entries(data[:-_LENGTH_SIZE], header)
+        pgnos, offsets = parse_entries(data[:-_LENGTH_SIZE], header)
         if offsets[-1] != end:
             raise LTXError(f"frames in the page index end at offset {offsets[-1]}, expected {end}")
         lock_pgno = header.lock_pgno
@@ -108,6 +109,14 @@ class PageIndex:
         position = bisect_left(pgnos, pgno)
         return position if position < len(pgnos) and pgnos[position] == pgno else None
 
+    def holds(self, pgno: int) -> bool:
+        """Whether the file holds page `pgno`."""
+        return self.position(pgno) is not None
+
+    def peek(self, pgno: int) -> tuple[int, int] | None:
+        """The same as `get`, which never has to read here."""
+        return self.get(pgno)
+
     def get(self, pgno: int) -> tuple[int, int] | None:
         """Offset and size of the frame of page `pgno`, in bytes; None if the file does not hold it."""
         position = self.position(pgno)
@@ -128,8 +137,33 @@ class PageIndex:
         return zip(self.pgnos[first:last], offsets, map(sub, ends, offsets), strict=False)
 
 
-def _parse_entries(varints: bytes, header: Header) -> tuple[array[int], array[int]]:
-    """Page numbers and offsets (and the end of the last frame), checked to ascend without gaps."""
+class DensePgnos(Collection[int]):
+    """The page numbers 1..commit without the lock page, ascending; takes no memory."""
+
+    __slots__ = ("_above", "_below")
+
+    def __init__(self, commit: int, lock_pgno: int) -> None:
+        self._below = range(1, min(commit + 1, lock_pgno))
+        self._above = range(lock_pgno + 1, commit + 1)
+
+    def __len__(self) -> int:
+        return len(self._below) + len(self._above)
+
+    def __iter__(self) -> Iterator[int]:
+        return chain(self._below, self._above)
+
+    def __contains__(self, pgno: object) -> bool:
+        return pgno in self._below or pgno in self._above
+
+
+def parse_entries(
+    varints: bytes, header: Header, previous: int = 0, expected: int = HEADER_SIZE
+) -> tuple[array[int], array[int]]:
+    """Page numbers and offsets (and the end of the last frame), checked to ascend without gaps.
+
+    `varints` are whole entries and a zero. Page numbers must be above `previous`, and the first frame must lie
+    at offset `expected`: what the entries before say. Raises `LTXError`.
+    """
     classes = varints.translate(_VARINT_CLASS)
     if b"\2\0" in classes or b"\2" * 9 in classes:
         raise LTXError("page index holds a varint of more bytes than its number needs")
@@ -142,7 +176,6 @@ def _parse_entries(varints: bytes, header: Header) -> tuple[array[int], array[in
     pgnos, offsets = array("I"), array("Q")
     add_pgno, add_offset = pgnos.append, offsets.append
     commit, largest = header.commit, max_frame_size(header.page_size)
-    previous, expected = 0, HEADER_SIZE
     rest = iter(varints)
     for first in rest:
         pgno = first

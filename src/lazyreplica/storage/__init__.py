@@ -58,6 +58,13 @@ class Store(Protocol):
     def url(self) -> str:
         """The replica's URL for messages: canonical, without secrets."""
 
+    @property
+    def parallel(self) -> int:
+        """How many calls at once are worth it: 1 where a call costs no waiting."""
+
+    def prepare(self, timeout: float) -> None:
+        """Make ready for one more call at once (a connection), if that takes time. Never raises."""
+
     def list_all(self, timeout: float) -> Listing:
         """List every level, level 0 first and level 9 last.
 
@@ -73,6 +80,9 @@ class Store(Protocol):
 
         Raises `FileVanished` when the file is gone or no longer has the listed identity (ETag, size).
         """
+
+    def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
+        """The same, as many bytes as `buffer` has, into it. After a failure its contents mean nothing."""
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         """The file of that name if there is one: its identity, and its bytes (at most the first `limit`).

@@ -35,6 +35,13 @@ class LocalStore:
     def url(self) -> str:
         return str(self._url)
 
+    @property
+    def parallel(self) -> int:
+        return 1
+
+    def prepare(self, timeout: float) -> None:
+        """Nothing to prepare."""
+
     def list_all(self, timeout: float) -> Listing:
         files = [file for level in LEVELS for file in self._list_level(level)]
         with _clear_errors(f"listing {self._path}"):
@@ -93,6 +100,9 @@ class LocalStore:
         if len(data) != length:
             raise FileVanished(f"{path} was cut: it ends {length - len(data)} bytes early")
         return data
+
+    def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
+        buffer[:] = self.read(file, offset, len(buffer), timeout)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         path = self._file(level, name)

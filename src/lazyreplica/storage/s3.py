@@ -31,6 +31,8 @@ from lazyreplica.storage.url import S3URL
 logger = logging.getLogger("lazyreplica.storage.s3")
 
 MULTIPART_THRESHOLD = 64 << 20
+_PARALLEL = 24
+"""Requests of one replica at once; the transport allows some more, for demand reads."""
 _PAGE_LIMIT = 8 << 20
 """Bytes: a page of 1000 of the longest possible keys stays below."""
 _SKIP_LIMIT = 64 << 20
@@ -61,6 +63,13 @@ class S3Store:
     @property
     def url(self) -> str:
         return str(self._url)
+
+    @property
+    def parallel(self) -> int:
+        return _PARALLEL
+
+    def prepare(self, timeout: float) -> None:
+        self._client.prepare(timeout)
 
     def list_all(self, timeout: float) -> Listing:
         strangers: set[str] = set()
@@ -140,6 +149,12 @@ class S3Store:
         return self._client.call(request, deadline, accept, lambda _: Window(0, _PAGE_LIMIT))
 
     def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
+        return self._read(file, offset, length, None, timeout)
+
+    def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
+        self._read(file, offset, len(buffer), buffer, timeout)
+
+    def _read(self, file: StoredFile, offset: int, length: int, into: memoryview | None, timeout: float) -> bytes:
         if offset < 0 or length < 0 or offset + length > file.size:
             raise ValueError(f"bytes {offset}..{offset + length} of {file}, which has {file.size}")
         if length == 0:
@@ -149,13 +164,13 @@ class S3Store:
 
         def window(head: Head) -> Window:
             if head.status != 200 or _is_partial(head):
-                return Window(0, length)
+                return Window(0, length, into)
             # The server ignores Range: take the slice out of the whole, if that is not absurdly much.
             size = _declared_size(head)
             if size is None or offset + length > _SKIP_LIMIT:
                 raise StoreError(f"{self._url}: reading {file}: the server ignores Range; use one that does not")
             self._check_identity(file, head, size)
-            return Window(offset, length)
+            return Window(offset, length, into)
 
         def accept(reply: Reply) -> bytes:
             head = reply.head
@@ -165,8 +180,8 @@ class S3Store:
                 raise self._client.refusal(reply, request)
             if _is_partial(head):
                 self._check_identity(file, head, self._total(head, request, offset))
-            if len(reply.body) != length:
-                raise TransientError(f"the body ended after {len(reply.body)} of {length} bytes")
+            if reply.received != length:
+                raise TransientError(f"the body ended after {reply.received} of {length} bytes")
             return reply.body
 
         return self._client.call(request, Deadline.after(timeout), accept, window)

@@ -179,6 +179,10 @@ class S3Client:
             f"{where}: unexpected reply {found} from {self.url.origin}; is that an S3 endpoint?{unsigned}"
         )
 
+    def prepare(self, timeout: float) -> None:
+        """See `Connections.prepare`."""
+        self._connections.prepare(timeout)
+
     def close(self) -> None:
         self._connections.close()
 

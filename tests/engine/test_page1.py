@@ -1,4 +1,4 @@
-"""Small pure parts: the read-ahead window, and page 1 as SQLite sees it."""
+"""Page 1 as SQLite sees it, and reads that are a piece of a page."""
 
 from __future__ import annotations
 
@@ -12,56 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replicas import ReplicaDirectory, make_layer, make_snapshot, opened, start
 
-from lazyreplica.prefetch import MAX_BYTES, MAX_PAGES, SequentialWindow
 from lazyreplica.snapshot import Lineage
 from lazyreplica_vfs import page1
 from lazyreplica_vfs.file import ReplicaFile
-
-# -- SequentialWindow --
-
-
-def scan(window: SequentialWindow, pages: int, start: int = 1) -> list[int]:
-    """The windows of a scan in which every page that was fetched is a hit."""
-    lengths, pgno = [], start
-    while pgno < start + pages:
-        lengths.append(window.missed(pgno))
-        pgno += lengths[-1]
-    return lengths
-
-
-@pytest.mark.parametrize(("page_size", "limit"), [(512, 256), (4096, 256), (8192, 128), (65536, 16)])
-def test_a_scan_doubles_its_window_up_to_the_limit(page_size: int, limit: int) -> None:
-    lengths = scan(SequentialWindow(page_size), 5000)
-    assert lengths[:6] == [1, 2, 4, 8, 16, 32 if limit > 16 else 16]
-    assert max(lengths) == limit
-    assert limit <= MAX_PAGES
-    assert limit * page_size <= MAX_BYTES
-
-
-def test_random_reads_fetch_nothing_in_vain() -> None:
-    window = SequentialWindow(4096)
-    assert {window.missed(pgno) for pgno in random.Random(1).sample(range(1, 1 << 30), 500)} == {1}
-
-
-def test_four_scans_at_once_keep_a_head_each() -> None:
-    window = SequentialWindow(4096)
-    starts = [1, 10_000, 20_000, 30_000]
-    positions = list(starts)
-    for _ in range(10):
-        for n in range(4):
-            positions[n] += window.missed(positions[n])
-    assert [position - first for position, first in zip(positions, starts, strict=True)] == [511 + 256] * 4
-
-
-@given(st.lists(st.integers(1, 200), max_size=100), st.sampled_from([512, 4096, 65536]))
-def test_any_reads_get_a_window_within_bounds_and_few_heads_are_kept(reads: list[int], page_size: int) -> None:
-    window = SequentialWindow(page_size)
-    for pgno in reads:
-        assert 1 <= window.missed(pgno) <= MAX_BYTES // page_size
-        assert len(window._heads) <= 4
-
-
-# -- page 1 --
 
 STORED = bytes(range(256)) * 16
 
@@ -132,7 +85,11 @@ def shown_file() -> tuple[bytes, ReplicaFile]:
     snapshot = make_snapshot([make_layer(range(1, 5), 4, 1)])
     pages = {p: random.Random(p).randbytes(512) for p in range(1, 5)}
     replica = SimpleNamespace(
-        head=snapshot, begin=lambda lineage: snapshot, end=lambda _: None, read=lambda _, pgno, window: pages[pgno]
+        head=snapshot,
+        begin=lambda lineage: snapshot,
+        end=lambda _: None,
+        reader=lambda: None,
+        read=lambda _, pgno, reader: pages[pgno],
     )
     whole = page1.shown(snapshot, pages[1]) + b"".join(pages[p] for p in (2, 3, 4))
     return whole, ReplicaFile(cast("Any", replica), locks=True)

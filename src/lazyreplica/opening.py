@@ -1,0 +1,130 @@
+"""From a URL to its newest state, in few round trips: one listing, and then all files of the chain at once.
+
+One listing of the whole path beats one for each level: nearly all files are in level 0, so nothing is gained beside it
+but nine requests. While it is on its way, the connections that the files need are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+
+from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaGap
+from lazyreplica.extents import State
+from lazyreplica.layers import Layers
+from lazyreplica.ltx.frame import decode_frame
+from lazyreplica.pagemap import Layer
+from lazyreplica.plan import Chain, plan
+from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
+from lazyreplica.storage import Listing, Store, StoredFile
+from lazyreplica.trees import Trees
+
+log = logging.getLogger(__name__)
+
+FAR = 0.008
+"""Seconds: a store that answers faster is not worth guessing for."""
+_MOST_ROOTS = 24
+_ATTEMPTS = 3
+
+
+def open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:
+    """The listing, and the newest state that can be made from it.
+
+    `timeout`: seconds for each listing. Raises `StoreError`, `EmptyReplica`, `LegacyLayout`, `ReplicaGap`,
+    `ReplicaDamaged`, `LTXError`; `FileVanished` when files keep vanishing while they are opened.
+    """
+    with _crew(store) as crew:
+        for attempt in range(1, _ATTEMPTS + 1):
+            files = _list(store, timeout, crew)
+            try:
+                chain = layers.open_chain(_plan(files, store.url), crew, partial(_ask_for_roots, layers, crew))
+                return files, stack_snapshot(chain, Lineage())
+            except (FileVanished, ReplicaGap) as exc:
+                # Compaction moves files while we look, and levels are not listed in one instant: what is wrong only
+                # for a moment is not wrong.
+                if attempt == _ATTEMPTS:
+                    raise
+                log.info("planning %s again: %s", store.url, exc)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _crew(store: Store) -> Iterator[Executor | None]:
+    """Threads for the requests of an open; None where they would not wait for anything."""
+    if store.parallel == 1:
+        yield None
+        return
+    crew = ThreadPoolExecutor(store.parallel, thread_name_prefix="lazyreplica-open")
+    try:
+        yield crew
+    finally:
+        crew.shutdown(wait=False, cancel_futures=True)
+
+
+def _list(store: Store, timeout: float, crew: Executor | None) -> tuple[StoredFile, ...]:
+    if crew is not None:
+        with contextlib.suppress(RuntimeError):  # no new threads at interpreter exit: go on without
+            for _ in range(store.parallel - 1):
+                crew.submit(store.prepare, timeout)  # the chain's files are asked for right after this
+    listing = store.list_all(timeout)
+    if not listing.files:
+        raise _nothing(listing, store.url)
+    return listing.files
+
+
+def _ask_for_roots(layers: Layers, crew: Executor | None, layer: Layer) -> None:
+    """While the rest of the chain is on its way: fetch the roots of all b-trees from its base.
+
+    SQLite reads sqlite_stat1 together with the schema, and the root of every table that is queried. Newer files may
+    hold newer ones; then these were fetched in vain.
+    """
+    if crew is None or not layer.holds_everything or layers.latency < FAR:
+        return
+    first = _page(layers, layer, 1)
+    if first is None:
+        return
+    trees = Trees(layer.header.page_size)
+    trees.learn(1, first)
+    for root in trees.roots[:_MOST_ROOTS]:
+        entry = layer.index.peek(root)
+        if entry is not None:
+            inner = (entry[0], sum(entry))
+            extent, new = layers.extents.begin(layer.number, *inner, State.WAITING, inner)
+            if new:
+                with contextlib.suppress(RuntimeError):
+                    crew.submit(layers.bring, layer, extent)
+
+
+def _page(layers: Layers, layer: Layer, pgno: int) -> bytes | None:
+    """A page that came with the file's head, if it did."""
+    entry = layer.index.peek(pgno)
+    extent = layers.extents.find(layer.number, entry[0], sum(entry)) if entry else None
+    if entry is None or extent is None or extent.state is not State.HERE:
+        return None
+    frame = memoryview(extent.data)[entry[0] - extent.start : sum(entry) - extent.start]
+    with contextlib.suppress(LTXError):
+        return decode_frame(frame, pgno, layer.header.page_size)
+    return None
+
+
+def _nothing(listing: Listing, url: str) -> EmptyReplica | LegacyLayout:
+    if "generations" in listing.strangers:
+        return LegacyLayout(
+            f"{url} holds a Litestream 0.3 backup (a 'generations' folder), which has no LTX files: let Litestream "
+            "0.5 write a replica there, or restore the old one with `litestream restore` and publish it"
+        )
+    found = f"; found there: {', '.join(sorted(listing.strangers)[:5])}" if listing.strangers else ""
+    return EmptyReplica(
+        f"{url} holds no LTX files{found}: check the path (it is the replica's path, as in litestream.yml), and "
+        "that Litestream 0.5 has synced at least once"
+    )
+
+
+def _plan(files: tuple[StoredFile, ...], url: str) -> Chain:
+    try:
+        return plan(files)
+    except ReplicaGap as exc:
+        raise ReplicaGap(f"{url}: {exc}") from exc

@@ -1,0 +1,58 @@
+"""Pages -> stretches of files worth one request each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lazyreplica.pagemap import Layer
+
+GAP = 64 << 10
+"""Frames that are not wanted are read over up to this many bytes in a row: 1 ms of transfer, against a round trip."""
+LIMIT = 2 << 20
+"""Bytes of one request ahead."""
+FIRST = 256 << 10
+"""Bytes of the request that somebody waits for: what is behind it comes beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a page's frame lies."""
+
+    pgno: int
+    layer: Layer
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes start <= offset < end of a layer's file, and the pages that they are wanted for, in file order."""
+
+    layer: Layer
+    start: int
+    end: int
+    pgnos: tuple[int, ...]
+
+
+def join(places: Iterable[Place], limit: int = LIMIT) -> list[Span]:
+    """Stretches with all those frames, the one that is needed first in front: `places` come in the order of need."""
+    places = list(places)
+    order = {place.pgno: number for number, place in enumerate(places)}
+    spans: list[Span] = []
+    run: list[Place] = []
+    for place in sorted(places, key=lambda place: (place.layer.number, place.start)):
+        if run and (
+            place.layer is not run[0].layer or place.start - run[-1].end > GAP or place.end - run[0].start > limit
+        ):
+            spans.append(_span(run))
+            run = []
+        run.append(place)
+    if run:
+        spans.append(_span(run))
+    spans.sort(key=lambda span: min(order[pgno] for pgno in span.pgnos))
+    return spans
+
+
+def _span(run: list[Place]) -> Span:
+    return Span(run[0].layer, run[0].start, run[-1].end, tuple(place.pgno for place in run))
