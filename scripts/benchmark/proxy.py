@@ -14,7 +14,6 @@ One thread does it all: threads that wait for one another's GIL would add millis
 
 from __future__ import annotations
 
-import errno
 import heapq
 import itertools
 import json
@@ -130,10 +129,12 @@ class _Loop:
 
 
 class _End:
-    """The socket of one side: what is waited for there, and which flow comes from it and which goes to it."""
+    """The socket of one side, and what is waited for there."""
 
-    source: _Flow
-    target: _Flow
+    reads: _Flow
+    """The one that comes from here."""
+    writes: _Flow
+    """The one that goes here."""
 
     def __init__(self, loop: _Loop, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -158,21 +159,25 @@ class _End:
     def _ready(self, events: int) -> None:
         # An event of the same round may have ended the wait.
         if events & self._events & EVENT_WRITE:
-            self.target.deliver()
+            self.writes.deliver()
         if events & self._events & EVENT_READ:
-            self.source.read()
+            self.reads.read()
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 class _Flow:
     """One half of a connection: bytes from `source` to `target`, each piece due when its last byte would arrive."""
 
-    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, cap: float | None) -> None:
+    def __init__(self, loop: _Loop, source: _End, target: _End, delay: float, cap: float | None) -> None:
         self._loop, self._source, self._target = loop, source, target
-        source.source = target.target = self
-        self._delay, self._cap = link.rtt / 2, cap
-        self._free = opened
-        """When the link has let the last piece in. Nothing enters before `opened`: the handshake takes until then."""
-        self._size, self._window = (_PIECE, _WINDOW) if link.rtt or cap else (_DIRECT, 1)
+        source.reads = target.writes = self
+        self._delay, self._cap = delay, cap
+        self.free = 0.0
+        """When the link has let the last piece in: nothing enters before."""
+        self._size, self._window = (_PIECE, _WINDOW) if delay or cap else (_DIRECT, 1)
         self._pieces: deque[tuple[float, bytes | memoryview]] = deque()
         """What is on its way and when it is due; an empty piece is the end of the stream. While there are any, either
         the clock or the target, when it takes bytes again, will call deliver()."""
@@ -180,11 +185,9 @@ class _Flow:
         """The source has no more to send, or the target does not take it."""
         self.over = False
         """Nothing more will pass."""
-
-    def arrived(self, data: bytes) -> None:
+        self.arrived: Callable[[bytes], None] = _ignore
         """Told of every piece that the source has sent."""
-
-    def left(self, size: int) -> None:
+        self.left: Callable[[int], None] = _ignore
         """Told of the bytes that the target has taken: what a client no longer wants is not counted."""
 
     def read(self) -> None:
@@ -196,9 +199,9 @@ class _Flow:
             data = b""
         self._ended = not data
         self.arrived(data)
-        entered = max(self._loop.now, self._free)
-        self._free = entered + len(data) / self._cap if self._cap else entered
-        self._pieces.append((self._free + self._delay, data))
+        entered = max(self._loop.now, self.free)
+        self.free = entered + len(data) / self._cap if self._cap else entered
+        self._pieces.append((self.free + self._delay, data))
         if len(self._pieces) == 1:
             self.deliver()
         elif self._ended or len(self._pieces) == self._window:
@@ -238,35 +241,16 @@ class _Flow:
         self._source.wait(EVENT_READ, False)
         with suppress(OSError):
             self._target.sock.shutdown(socket.SHUT_WR)
-        if self._source.target.over:  # the other direction
+        if self._source.writes.over:  # the other direction
             self._source.sock.close()
             self._target.sock.close()
-
-
-class _Up(_Flow):
-    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, traffic: Counter[str]):
-        # The client believes to be connected at once and sends; what it sends waits for the handshake.
-        super().__init__(loop, source, target, link, opened + link.rtt, None)
-        self._requests = RequestCounter(traffic)
-
-    def arrived(self, data: bytes) -> None:
-        self._requests.feed(data)
-
-
-class _Down(_Flow):
-    def __init__(self, loop: _Loop, source: _End, target: _End, link: Link, opened: float, traffic: Counter[str]):
-        super().__init__(loop, source, target, link, opened, link.cap)
-        self._traffic = traffic
-
-    def left(self, size: int) -> None:
-        self._traffic["down"] += size
 
 
 class Server:
     """Accepts connections and passes each on to the upstream server; obeys the commands on standard input."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._family, *_, self._upstream = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    def __init__(self, upstream: tuple[str, int]) -> None:
+        self._upstream = upstream
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self._listener.setblocking(False)
         self._link = Link()
@@ -282,36 +266,29 @@ class Server:
         self._loop.run()
 
     def _accept(self, _: int) -> None:
-        with suppress(BlockingIOError, ConnectionError):
+        with suppress(BlockingIOError, ConnectionAbortedError):
             while True:
-                client, _ = self._listener.accept()
-                self._traffic["connections"] += 1
-                self._connect(client)
+                self._connect(self._listener.accept()[0])
 
     def _connect(self, client: socket.socket) -> None:
-        upstream = socket.socket(self._family)
-        near, far = _End(self._loop, client), _End(self._loop, upstream)
-        about = near, far, self._link, self._loop.now, self._traffic
-        flows = _Up(self._loop, *about), _Down(self._loop, *about)
-
-        def connected(_: int) -> None:
-            self._loop.selector.unregister(upstream)
-            begin(upstream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-
-        def begin(error: int) -> None:
-            if not error:
-                for flow in flows:
-                    flow.deliver()
-                return
-            print(f"no connection to the server: {os.strerror(error)}", file=sys.stderr)
+        loop, link, traffic = self._loop, self._link, self._traffic
+        traffic["connections"] += 1
+        try:
+            # Everything else waits, but not for long: the server is on this machine.
+            upstream = socket.create_connection(self._upstream, timeout=10)
+        except OSError as exc:
+            print(f"no connection to the server: {exc}", file=sys.stderr)
             client.close()
-            upstream.close()
-
-        error = upstream.connect_ex(self._upstream)
-        if error == errno.EINPROGRESS:
-            self._loop.selector.register(upstream, EVENT_WRITE, connected)
-        else:
-            begin(error)
+            return
+        near, far = _End(loop, client), _End(loop, upstream)
+        up = _Flow(loop, near, far, link.rtt / 2, None)
+        # The client believes to be connected at once and sends; what it sends waits for the handshake.
+        up.free = loop.now + link.rtt
+        up.arrived = RequestCounter(traffic).feed
+        down = _Flow(loop, far, near, link.rtt / 2, link.cap)
+        down.left = lambda size: traffic.update(down=size)
+        near.wait(EVENT_READ, True)
+        far.wait(EVENT_READ, True)
 
     def _command(self, _: int) -> None:
         data = os.read(sys.stdin.fileno(), 1 << 16)
@@ -361,4 +338,4 @@ class Proxy:
 
 
 if __name__ == "__main__":
-    Server(sys.argv[1], int(sys.argv[2])).run()
+    Server((sys.argv[1], int(sys.argv[2]))).run()
