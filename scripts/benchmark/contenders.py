@@ -15,7 +15,7 @@ NAMES = ("peer", "native", "us")
 PACKAGES = {
     "peer": ("litestream-vfs",),
     "native": ("apsw",),
-    "us": ("lazyreplica", "apsw", "httpcore", "lz4", "fastcrc", "cachetools"),
+    "us": ("lazyreplica", "apsw", "lz4", "fastcrc", "cachetools"),
 }
 """Distributions whose versions belong into the report."""
 

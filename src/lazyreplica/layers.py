@@ -37,6 +37,8 @@ VERIFY_FILE = 8 << 20
 """Increments up to this many bytes are read whole and verified: a page index is covered by nothing but the file's
 checksum, and a wrong page number in it would let an older page show through. (Of a snapshot's index every entry is
 determined by its neighbours.) When a replica is opened over a network, that follows right after (`verify`)."""
+QUICK_FILE = 512 << 10
+"""Larger increments are verified a moment later when a replica is opened over a network: that should not wait."""
 KEEP_TOTAL = 12 << 20
 """Whatever was fetched whole is kept, up to this many bytes in all; the least recently used files go first."""
 PASSING_TOTAL = 10 << 20
@@ -52,7 +54,7 @@ _TAIL_MOST = 1 << 20
 _LARGE = 64 << 10
 _ON_THE_WAY = 24 << 20
 """Bytes that are asked for ahead of the file that is being looked at."""
-_PIECE = 512 << 10
+_PIECE = 2 << 20
 """Bytes of one request for a file that is read whole: more pieces travel side by side."""
 
 _numbers = itertools.count(1)
@@ -282,7 +284,9 @@ def _length(jobs: Iterable[tuple[StoredFile, int, int]]) -> int:
 
 
 def _is_read_whole(file: StoredFile, quick: bool) -> bool:
-    return file.size <= (KEEP_FILE if quick or file.name.is_snapshot else max(KEEP_FILE, VERIFY_FILE))
+    if file.name.is_snapshot:
+        return file.size <= KEEP_FILE
+    return file.size <= max(KEEP_FILE, QUICK_FILE if quick else VERIFY_FILE)
 
 
 def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
@@ -290,7 +294,7 @@ def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
     if _is_read_whole(file, quick):
         return [(at, min(_PIECE, file.size - at)) for at in range(0, file.size, _PIECE)] or [(0, 0)]
     if not file.name.is_snapshot:
-        tail = min(file.size, _TAIL)
+        tail = min(file.size, max(_TAIL // 4, file.size // _TAIL_SHARE))
         return [(0, HEADER_SIZE), (file.size - tail, tail)]
     tail = max(0, min(file.size - HEADER_SIZE, max(_TAIL, min(file.size // _TAIL_SHARE, _TAIL_MOST))))
     return [(0, min(_HEAD, file.size)), (file.size - tail, tail)]

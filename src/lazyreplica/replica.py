@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _WAIT_STEP = 0.2
 _GRACE = 0.02
+"""Seconds before background work begins: whoever opened a replica reads its schema first."""
+_READAHEAD = 24
 _OPEN_TIMEOUT = 10.0
 """Seconds for the first listing: who opens a replica wants to know soon that nobody answers."""
 
@@ -68,7 +70,7 @@ class Replica:
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
-            self._readahead = Readahead(store.parallel)
+            self._readahead = Readahead(min(store.parallel, _READAHEAD))
             self._fetcher = Fetcher(
                 store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
             )

@@ -32,7 +32,7 @@ def tls_context(skip_verify: bool) -> ssl.SSLContext:
             return ssl.create_default_context(cafile=place)
         except OSError as error:
             logger.warning("%s is %r, which cannot be read as certificates (%s): ignored", name, place, error)
-    import certifi  # comes with httpcore, and is needed for https only
+    import certifi  # needed for https only
 
     return ssl.create_default_context(cafile=certifi.where())
 

@@ -31,7 +31,7 @@ from lazyreplica.storage.url import S3URL
 logger = logging.getLogger("lazyreplica.storage.s3")
 
 MULTIPART_THRESHOLD = 64 << 20
-_PARALLEL = 24
+_PARALLEL = 40
 """Requests of one replica at once; the transport allows some more, for demand reads."""
 _PAGE_LIMIT = 8 << 20
 """Bytes: a page of 1000 of the longest possible keys stays below."""
