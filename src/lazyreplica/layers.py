@@ -6,14 +6,14 @@ compaction, and were verified by the file's own checksum.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
 import mmap
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
@@ -52,8 +52,6 @@ _TAIL_SHARE = 128
 """Of larger files one part in so many is read from the end: an index has about 9 bytes for a frame of 1 to 4 KB."""
 _TAIL_MOST = 1 << 20
 _LARGE = 64 << 10
-_ON_THE_WAY = 24 << 20
-"""Bytes that are asked for ahead of the file that is being looked at."""
 _PIECE = 2 << 20
 """Bytes of one request for a file that is read whole: more pieces travel side by side."""
 
@@ -100,21 +98,20 @@ class Layers:
         return self._distrusted.get(layer) if self._distrusted else None
 
     def open_chain(
-        self, files: Sequence[StoredFile], crew: Executor | None = None, opened: Callable[[Layer], None] | None = None
+        self, files: Sequence[StoredFile], *, quick: bool = False, opened: Callable[[Layer], None] | None = None
     ) -> list[Layer]:
         """Open the files of a chain, all requests at once, and check that they belong together.
 
-        `crew` makes the requests, and means that somebody waits: what is large is then not verified yet (see `verify`).
-        Without one, threads are started if that is worth it. `opened` is told of each file that is read, while others
-        are still on their way.
+        `quick`: somebody waits, so what is large is not verified yet (see `verify`), and connections were prepared.
+        `opened` is told of each file that is read, while others are still on their way.
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
         new = [file for file in files if file not in here]
-        for file, parts in zip(new, self._fetch(new, crew), strict=True):
-            here[file] = self._read(file, parts, crew is not None)
+        for file, parts in zip(new, self._fetch(new, quick), strict=True):
+            here[file] = self._read(file, parts, quick)
             if opened is not None:
                 opened(here[file])
         layers = [here[file] for file in files]
@@ -126,36 +123,23 @@ class Layers:
         """The layer of a listed file. Bytes that do not parse are fetched once more before that is an error."""
         return self.open_chain([file])[0]
 
-    def _fetch(self, files: Sequence[StoredFile], crew: Executor | None) -> Iterator[list[bytes]]:
+    def _fetch(self, files: Sequence[StoredFile], quick: bool) -> Iterator[list[bytes]]:
         """The stretches of each file that opening it needs (see `_stretches`), in the order of `files`."""
-        quick = crew is not None
-        jobs = [[(file, *stretch) for stretch in _stretches(file, quick)] for file in files]
-        count = sum(map(len, jobs))
-        if count > 1 and crew is None and self._store.parallel > 1:
-            crew = own = ThreadPoolExecutor(min(self._store.parallel, count), thread_name_prefix="lazyreplica-open")
-        else:
-            own = None
-        waiting: deque[list[Future[bytes]]] = deque()
-        asked = on_the_way = 0
+        stretches = [_stretches(file, quick) for file in files]
+        jobs = [(file, *stretch) for file, each in zip(files, stretches, strict=True) for stretch in each]
+        if not quick:
+            prepare(self._store, min(len(jobs), self._store.parallel) - 1, self._timeout)
+        start = now()
+        results = self._store.read_many(jobs, self._timeout)
         try:
-            for index, each in enumerate(jobs):
-                while crew is not None and asked < len(jobs) and (asked <= index or on_the_way < _ON_THE_WAY):
-                    try:
-                        waiting.append([crew.submit(self._get, *job) for job in jobs[asked]])
-                    except RuntimeError:  # no new threads at interpreter exit: go on without
-                        crew = None
-                    else:
-                        on_the_way += _length(jobs[asked])
-                        asked += 1
-                if index < asked:
-                    parts = [future.result() for future in waiting.popleft()]
-                    on_the_way -= _length(each)
-                else:
-                    parts = [self._get(*job) for job in each]
+            for each in stretches:
+                parts = []
+                for _ in each:
+                    parts.append(next(results))
+                    self.latency = min(self.latency, now() - start)
                 yield parts
         finally:
-            if own is not None:
-                own.shutdown(wait=False, cancel_futures=True)
+            results.close()
 
     def _get(self, file: StoredFile, offset: int, length: int) -> bytes:
         start = now()
@@ -279,10 +263,6 @@ class Layers:
         return layer
 
 
-def _length(jobs: Iterable[tuple[StoredFile, int, int]]) -> int:
-    return sum(length for _, _, length in jobs)
-
-
 def _is_read_whole(file: StoredFile, quick: bool) -> bool:
     if file.name.is_snapshot:
         return file.size <= KEEP_FILE
@@ -298,6 +278,13 @@ def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
         return [(0, HEADER_SIZE), (file.size - tail, tail)]
     tail = max(0, min(file.size - HEADER_SIZE, max(_TAIL, min(file.size // _TAIL_SHARE, _TAIL_MOST))))
     return [(0, min(_HEAD, file.size)), (file.size - tail, tail)]
+
+
+def prepare(store: Store, count: int, timeout: float) -> None:
+    """Connect `count` times, all at once, and wait for that."""
+    with contextlib.suppress(RuntimeError), ThreadPoolExecutor(max(1, count)) as crew:  # no threads at interpreter exit
+        for _ in range(count):
+            crew.submit(store.prepare, timeout)
 
 
 def check_page_size(before: Layer, after: Layer) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaGap
@@ -18,70 +17,65 @@ from lazyreplica.layers import Layers
 from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
 from lazyreplica.plan import Chain, plan
+from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
 from lazyreplica.storage import Listing, Store, StoredFile
 from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
 
-FAR = 0.008
+FAR = 0.015
 """Seconds: a store that answers faster is not worth guessing for."""
 _MOST_ROOTS = 24
 _ATTEMPTS = 3
 
 
-def open_newest(store: Store, layers: Layers, timeout: float) -> tuple[tuple[StoredFile, ...], Snapshot]:
+def open_newest(
+    store: Store, layers: Layers, readahead: Readahead, timeout: float
+) -> tuple[tuple[StoredFile, ...], Snapshot]:
     """The listing, and the newest state that can be made from it.
 
     `timeout`: seconds for each listing. Raises `StoreError`, `EmptyReplica`, `LegacyLayout`, `ReplicaGap`,
     `ReplicaDamaged`, `LTXError`; `FileVanished` when files keep vanishing while they are opened.
     """
-    with _crew(store) as crew:
-        for attempt in range(1, _ATTEMPTS + 1):
-            files = _list(store, timeout, crew)
-            try:
-                chain = layers.open_chain(_plan(files, store.url), crew, partial(_ask_for_roots, layers, crew))
-                return files, stack_snapshot(chain, Lineage())
-            except (FileVanished, ReplicaGap) as exc:
-                # Compaction moves files while we look, and levels are not listed in one instant: what is wrong only
-                # for a moment is not wrong.
-                if attempt == _ATTEMPTS:
-                    raise
-                log.info("planning %s again: %s", store.url, exc)
+    for attempt in range(1, _ATTEMPTS + 1):
+        files = _list(store, timeout)
+        try:
+            chain = layers.open_chain(
+                _plan(files, store.url), quick=store.parallel > 1, opened=partial(_ask_for_roots, layers, readahead)
+            )
+            return files, stack_snapshot(chain, Lineage())
+        except (FileVanished, ReplicaGap) as exc:
+            # Compaction moves files while we look, and levels are not listed in one instant: what is wrong only for a
+            # moment is not wrong.
+            if attempt == _ATTEMPTS:
+                raise
+            log.info("planning %s again: %s", store.url, exc)
     raise AssertionError("unreachable")
 
 
-@contextlib.contextmanager
-def _crew(store: Store) -> Iterator[Executor | None]:
-    """Threads for the requests of an open; None where they would not wait for anything."""
-    if store.parallel == 1:
-        yield None
-        return
-    crew = ThreadPoolExecutor(store.parallel, thread_name_prefix="lazyreplica-open")
-    try:
-        yield crew
-    finally:
-        crew.shutdown(wait=False, cancel_futures=True)
-
-
-def _list(store: Store, timeout: float, crew: Executor | None) -> tuple[StoredFile, ...]:
-    if crew is not None:
-        with contextlib.suppress(RuntimeError):  # no new threads at interpreter exit: go on without
-            for _ in range(store.parallel - 1):
-                crew.submit(store.prepare, timeout)  # the chain's files are asked for right after this
-    listing = store.list_all(timeout)
+def _list(store: Store, timeout: float) -> tuple[StoredFile, ...]:
+    with contextlib.ExitStack() as ending:
+        if store.parallel > 1:
+            # The chain's files are asked for right after this. (No new threads at interpreter exit: then without.)
+            crew = ThreadPoolExecutor(store.parallel, thread_name_prefix="lazyreplica-open")
+            ending.callback(crew.shutdown, wait=False, cancel_futures=True)
+            with contextlib.suppress(RuntimeError):
+                for _ in range(store.parallel - 1):
+                    crew.submit(store.prepare, timeout)
+        listing = store.list_all(timeout)
     if not listing.files:
         raise _nothing(listing, store.url)
     return listing.files
 
 
-def _ask_for_roots(layers: Layers, crew: Executor | None, layer: Layer) -> None:
+def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
     """While the rest of the chain is on its way: fetch the roots of all b-trees from its base.
 
     SQLite reads sqlite_stat1 together with the schema, and the root of every table that is queried. Newer files may
     hold newer ones; then these were fetched in vain.
     """
-    if crew is None or not layer.holds_everything or layers.latency < FAR:
+    if not layer.holds_everything or layers.latency < FAR:
         return
     first = _page(layers, layer, 1)
     if first is None:
@@ -94,8 +88,7 @@ def _ask_for_roots(layers: Layers, crew: Executor | None, layer: Layer) -> None:
             inner = (entry[0], sum(entry))
             extent, new = layers.extents.begin(layer.number, *inner, State.WAITING, inner)
             if new:
-                with contextlib.suppress(RuntimeError):
-                    crew.submit(layers.bring, layer, extent)
+                readahead.do(partial(layers.bring, layer, extent), Urgency.SOON)
 
 
 def _page(layers: Layers, layer: Layer, pgno: int) -> bytes | None:

@@ -61,8 +61,11 @@ class Replica:
         self._closed = False
         self._closing = threading.Event()
         self.layers = Layers(store, options.read_timeout)
+        self._readahead = Readahead(min(store.parallel, _READAHEAD))
         try:
-            listed, snapshot = open_newest(store, self.layers, min(_OPEN_TIMEOUT, options.read_timeout))
+            listed, snapshot = open_newest(
+                store, self.layers, self._readahead, min(_OPEN_TIMEOUT, options.read_timeout)
+            )
             self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
@@ -70,12 +73,12 @@ class Replica:
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
-            self._readahead = Readahead(min(store.parallel, _READAHEAD))
             self._fetcher = Fetcher(
                 store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
             )
             self._hydrator = self._make_hydrator(relocator)
         except BaseException:
+            self._readahead.stop()
             store.close()
             raise
         if self._hydrator:

@@ -37,11 +37,13 @@ class Span:
 
 def join(places: Iterable[Place], limit: int = LIMIT) -> list[Span]:
     """Stretches with all those frames, the one that is needed first in front: `places` come in the order of need."""
-    places = list(places)
-    order = {place.pgno: number for number, place in enumerate(places)}
+    first: dict[int, Place] = {}
+    for place in places:
+        first.setdefault(place.pgno, place)
+    order = {pgno: number for number, pgno in enumerate(first)}
     spans: list[Span] = []
     run: list[Place] = []
-    for place in sorted(places, key=lambda place: (place.layer.number, place.start)):
+    for place in sorted(first.values(), key=lambda place: (place.layer.number, place.start)):
         if run and (
             place.layer is not run[0].layer or place.start - run[-1].end > GAP or place.end - run[0].start > limit
         ):

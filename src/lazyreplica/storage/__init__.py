@@ -7,7 +7,7 @@ any thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
@@ -83,6 +83,13 @@ class Store(Protocol):
 
     def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
         """The same, as many bytes as `buffer` has, into it. After a failure its contents mean nothing."""
+
+    def read_many(self, wanted: Iterable[tuple[StoredFile, int, int]], timeout: float) -> Generator[bytes]:
+        """What `read` gives for each (file, offset, length), in that order; not one round trip after the other.
+
+        Over connections that are there (see `prepare`), in the caller's thread: requests are sent before replies are
+        awaited. `timeout` is for all of them. Each result is to be taken soon: the next ones are on their way.
+        """
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         """The file of that name if there is one: its identity, and its bytes (at most the first `limit`).

@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import quote
@@ -103,6 +103,9 @@ class LocalStore:
 
     def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
         buffer[:] = self.read(file, offset, len(buffer), timeout)
+
+    def read_many(self, wanted: Iterable[tuple[StoredFile, int, int]], timeout: float) -> Generator[bytes]:
+        return (self.read(*each, timeout) for each in wanted)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         path = self._file(level, name)

@@ -6,7 +6,9 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import BinaryIO
 
@@ -25,13 +27,13 @@ from lazyreplica.storage.retry import Deadline, TransientError
 from lazyreplica.storage.s3_client import Body, Request, S3Client, ignore_body
 from lazyreplica.storage.s3_upload import digest, rfc3339, upload_parts
 from lazyreplica.storage.s3_xml import Entry, Page, clean_etag, parse_failure, parse_page
-from lazyreplica.storage.transport import Head, Reply, Window
+from lazyreplica.storage.transport import Head, Pending, Reply, Window
 from lazyreplica.storage.url import S3URL
 
 logger = logging.getLogger("lazyreplica.storage.s3")
 
 MULTIPART_THRESHOLD = 64 << 20
-_PARALLEL = 40
+_PARALLEL = 48
 """Requests of one replica at once; the transport allows some more, for demand reads."""
 _PAGE_LIMIT = 8 << 20
 """Bytes: a page of 1000 of the longest possible keys stays below."""
@@ -40,6 +42,15 @@ _SKIP_LIMIT = 64 << 20
 _EMPTY_PAGES = 100
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
 _UNSATISFIED_RANGE = re.compile(r"bytes \*/(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """A range request."""
+
+    request: Request
+    accept: Callable[[Reply], bytes]
+    window: Callable[[Head], Window]
 
 
 class S3Store:
@@ -149,16 +160,54 @@ class S3Store:
         return self._client.call(request, deadline, accept, lambda _: Window(0, _PAGE_LIMIT))
 
     def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
-        return self._read(file, offset, length, None, timeout)
+        return self._call(self._range(file, offset, length), timeout) if length else b""
 
     def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
-        self._read(file, offset, len(buffer), buffer, timeout)
+        if buffer:
+            self._call(self._range(file, offset, len(buffer), buffer), timeout)
 
-    def _read(self, file: StoredFile, offset: int, length: int, into: memoryview | None, timeout: float) -> bytes:
+    def _call(self, wanted: _Range, timeout: float) -> bytes:
+        return self._client.call(wanted.request, Deadline.after(timeout), wanted.accept, wanted.window)
+
+    def read_many(self, wanted: Iterable[tuple[StoredFile, int, int]], timeout: float) -> Generator[bytes]:
+        deadline = Deadline.after(timeout)
+        ranges = [self._range(*each) for each in wanted]
+        waiting: deque[Pending | None] = deque()
+        asked = 0
+        try:
+            for index, each in enumerate(ranges):
+                # Only over connections that are there: to wait for a handshake would keep those behind it waiting.
+                while asked < len(ranges) and len(waiting) < _PARALLEL:
+                    pending = self._start(ranges[asked], deadline, connect=asked == index)
+                    if pending is None and asked > index:
+                        break
+                    waiting.append(pending)
+                    asked += 1
+                yield self._finish(waiting.popleft(), each, deadline)
+        finally:
+            for pending in waiting:
+                if pending is not None:
+                    self._client.abandon(pending)
+
+    def _start(self, wanted: _Range, deadline: Deadline, *, connect: bool) -> Pending | None:
+        try:
+            return self._client.start(wanted.request, deadline, connect=connect)
+        except TransientError as exc:
+            logger.debug("%s: %s", wanted.request.what, exc)
+        return None
+
+    def _finish(self, pending: Pending | None, wanted: _Range, deadline: Deadline) -> bytes:
+        if pending is not None:
+            try:
+                return self._client.finish(pending, wanted.accept, wanted.window)
+            except TransientError as exc:
+                logger.debug("%s: %s", wanted.request.what, exc)
+        return self._call(wanted, max(deadline.left(), 0.001))
+
+    def _range(self, file: StoredFile, offset: int, length: int, into: memoryview | None = None) -> _Range:
+        """The request for those bytes, and what is made of its reply."""
         if offset < 0 or length < 0 or offset + length > file.size:
             raise ValueError(f"bytes {offset}..{offset + length} of {file}, which has {file.size}")
-        if length == 0:
-            return b""
         wanted = {"range": f"bytes={offset}-{offset + length - 1}"}
         request = Request("GET", self._key(file.level, file.name), f"reading {file}", headers=wanted)
 
@@ -184,7 +233,7 @@ class S3Store:
                 raise TransientError(f"the body ended after {reply.received} of {length} bytes")
             return reply.body
 
-        return self._client.call(request, Deadline.after(timeout), accept, window)
+        return _Range(request, accept, window)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         if limit < 1:

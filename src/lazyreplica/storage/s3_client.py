@@ -15,7 +15,7 @@ from lazyreplica.storage.credentials import CredentialSource
 from lazyreplica.storage.retry import Deadline, TransientError, retrying
 from lazyreplica.storage.s3_xml import S3Failure, parse_failure
 from lazyreplica.storage.sigv4 import EMPTY_SHA256, encode_path, encode_query, sign
-from lazyreplica.storage.transport import Connections, Exchange, Head, Reply, Window
+from lazyreplica.storage.transport import Connections, Exchange, Head, Pending, Reply, Window
 from lazyreplica.storage.url import S3URL
 
 logger = logging.getLogger("lazyreplica.storage.s3")
@@ -116,6 +116,25 @@ class S3Client:
         accept: Callable[[Reply], T],
         window: Callable[[Head], Window],
     ) -> T:
+        reply = self._connections.exchange(self._signed(request), _or_refusal(window), deadline)
+        return self._judge(reply, accept)
+
+    def start(self, request: Request, deadline: Deadline, *, connect: bool) -> Pending | None:
+        """Send, and come back for the reply with `finish`, or `abandon` it. None: see `Connections.send`.
+
+        No second attempts here: raises `TransientError` for what may be worth one.
+        """
+        return self._connections.send(self._signed(request), deadline, connect=connect)
+
+    def finish(self, pending: Pending, accept: Callable[[Reply], T], window: Callable[[Head], Window]) -> T:
+        """What `accept` makes of the reply. Raises `TransientError` too."""
+        return self._judge(self._connections.receive(pending, _or_refusal(window)), accept)
+
+    def abandon(self, pending: Pending) -> None:
+        """Nobody wants the reply."""
+        self._connections.abandon(pending)
+
+    def _signed(self, request: Request) -> Exchange:
         body = request.body
         path = encode_path(self._base + ("" if request.key is None else f"/{request.key}")) or "/"
         query = encode_query(request.query)
@@ -137,11 +156,9 @@ class S3Client:
         if body is not None or request.method in {"PUT", "POST"}:
             headers["content-length"] = str(body.size if body else 0)
         target = f"{path}?{query}" if query else path
-        reply = self._connections.exchange(
-            Exchange(request.method, target, list(headers.items()), body.chunks() if body else None),
-            lambda head: window(head) if head.status < 300 else Window(0, _ERROR_BYTES),
-            deadline,
-        )
+        return Exchange(request.method, target, list(headers.items()), body.chunks() if body else None)
+
+    def _judge(self, reply: Reply, accept: Callable[[Reply], T]) -> T:
         status = reply.head.status
         if status in _RETRIED or (status >= 500 and status not in _NOT_RETRIED):
             raise TransientError(f"HTTP {status} {_said(parse_failure(reply.body))}")
@@ -185,6 +202,10 @@ class S3Client:
 
     def close(self) -> None:
         self._connections.close()
+
+
+def _or_refusal(window: Callable[[Head], Window]) -> Callable[[Head], Window]:
+    return lambda head: window(head) if head.status < 300 else Window(0, _ERROR_BYTES)
 
 
 def _said(failure: S3Failure) -> str:

@@ -22,7 +22,7 @@ from lazyreplica.storage.connection import CONNECT_SECONDS, Connection, Origin, 
 from lazyreplica.storage.network_env import proxy_for, tls_context
 from lazyreplica.storage.retry import Deadline, TransientError, UnreachableError
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 80
 _IDLE_SECONDS = 15.0
 """Idle connections are dropped then, before servers and NAT gateways silently do."""
 _CLOSE_SECONDS = 2.0
@@ -70,6 +70,13 @@ class Exchange:
     content: Iterator[bytes] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A request that was sent, and its reply not read yet."""
+
+    connection: Connection
+
+
 class Connections:
     """Connections to one origin, kept alive. Thread-safe; not to be used in a forked child."""
 
@@ -101,6 +108,15 @@ class Connections:
         Raises `TransientError` or `UnreachableError` for what another attempt may cure, `StoreUnavailable`
         once closed, `StoreError` when TLS fails.
         """
+        pending = self.send(exchange, deadline)
+        assert pending is not None, "it connects"
+        return self.receive(pending, window)
+
+    def send(self, exchange: Exchange, deadline: Deadline, *, connect: bool = True) -> Pending | None:
+        """The first half of `exchange`. Each `Pending` needs a `receive` or an `abandon`.
+
+        None if no idle connection is at hand and `connect` forbids a new one.
+        """
         with self._changed:
             if self.closed.is_set():
                 raise StoreUnavailable(f"the store at {self._shown} is closed; open it again")
@@ -109,17 +125,63 @@ class Connections:
             if not self._free.acquire(timeout=max(deadline.left(), 0.001)):
                 raise TransientError(f"all {MAX_CONNECTIONS} connections were busy until the deadline")
             try:
-                connection = self._connect(deadline)
-                try:
-                    return self._exchange(connection, exchange, window)
-                finally:
-                    self._put_back(connection)
-            finally:
+                connection = self._connect(deadline, connect)
+                if connection is not None:
+                    with self._closing_on_failure(connection):
+                        self._send(connection, exchange)
+                    return Pending(connection)
+            except BaseException:
                 self._free.release()
+                raise
+            self._free.release()
+        except BaseException:
+            self._leave()
+            raise
+        self._leave()
+        return None
+
+    def receive(self, pending: Pending, window: Callable[[Head], Window]) -> Reply:
+        """The second half of `exchange`."""
+        connection = pending.connection
+        try:
+            with self._closing_on_failure(connection):
+                response = connection.getresponse()
+                with contextlib.closing(response):
+                    head = Head(response.status, {name.lower(): value for name, value in response.getheaders()})
+                    reply = _cut(head, response, window(head))
+                    if not response.isclosed():
+                        connection.close()
         finally:
-            with self._changed:
-                self._busy -= 1
-                self._changed.notify_all()
+            self._put_back(connection)
+            self._free.release()
+            self._leave()
+        return reply
+
+    def abandon(self, pending: Pending) -> None:
+        """Nobody wants the reply."""
+        pending.connection.close()
+        self._free.release()
+        self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _closing_on_failure(self, connection: Connection) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError as error:
+            connection.close()
+            raise TransientError(f"the server stopped answering ({self._shown})") from error
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            said = str(error) or type(error).__name__
+            raise TransientError(f"the connection to {self._shown} broke ({said})") from error
+        except BaseException:
+            connection.close()
+            raise
 
     def prepare(self, timeout: float) -> None:
         """Connect now, for a request to come: then that does not wait for the handshake.
@@ -133,11 +195,13 @@ class Connections:
                 connection.rest()
                 self._idle.insert(0, connection)
 
-    def _connect(self, deadline: Deadline) -> Connection:
+    def _connect(self, deadline: Deadline, connect: bool) -> Connection | None:
         while True:
             try:
                 connection = self._idle.pop()
             except IndexError:
+                if not connect:
+                    return None
                 connection = Connection(self._origin, self._sockets)
                 break
             if connection.is_fresh(_IDLE_SECONDS):
@@ -152,28 +216,6 @@ class Connections:
         except OSError as error:
             raise self._problem(error) from error
         return connection
-
-    def _exchange(self, connection: Connection, exchange: Exchange, window: Callable[[Head], Window]) -> Reply:
-        """`connection` is closed afterwards unless the reply was read to its end."""
-        try:
-            self._send(connection, exchange)
-            response = connection.getresponse()
-            with contextlib.closing(response):
-                head = Head(response.status, {name.lower(): value for name, value in response.getheaders()})
-                reply = _cut(head, response, window(head))
-                if not response.isclosed():
-                    connection.close()
-        except TimeoutError as error:
-            connection.close()
-            raise TransientError(f"the server stopped answering ({self._shown})") from error
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            said = str(error) or type(error).__name__
-            raise TransientError(f"the connection to {self._shown} broke ({said})") from error
-        except BaseException:
-            connection.close()
-            raise
-        return reply
 
     def _send(self, connection: Connection, exchange: Exchange) -> None:
         connection.putrequest(
