@@ -42,6 +42,7 @@ def main() -> int:
             "rtt_ms": given.rtt,
             "cap_mb": given.cap,
             "repeat": given.repeat,
+            "prefetch": given.prefetch,
             "quick": given.quick,
             "full": given.full,
         },
@@ -54,7 +55,7 @@ def main() -> int:
         serve_seaweed(Path(directory)) as server,
         Proxy(server.port) as proxy,
     ):
-        bench = Bench(server, proxy, Path(directory), say)
+        bench = Bench(server, proxy, Path(directory), say, given.prefetch)
         facts["code"] = bench.fingerprint
         for data in sets.values():
             bench.upload(data)
@@ -157,6 +158,7 @@ def _arguments() -> argparse.Namespace:
     add("--repeat", type=int, default=1, metavar="N", help="runs, of which the medians are shown (1)")
     add("--only", type=names(GROUPS), default=list(GROUPS), metavar="NAME,..", help=f"of {', '.join(GROUPS)}")
     add("--contenders", type=names(NAMES), default=list(NAMES), metavar="NAME,..", help=f"of {', '.join(NAMES)}")
+    add("--prefetch", default="all", metavar="NAME,..", help="our option of that name: what a technique gives alone")
     add("--timeout", type=float, default=None, metavar="S", help="of one step (180; with --full 1800)")
     add("--full", action="store_true", help="let the peer scan whole tables where RTT > 0: 10 minutes each at 20 ms")
     add("--quick", action="store_true", help="little data: does everything work?")

@@ -95,6 +95,8 @@ CONTENDERS: dict[str, type[Native] | type[Us] | type[Peer]] = {"peer": Peer, "na
 
 def environment(name: str, target: dict[str, Any]) -> dict[str, str]:
     """What must stand in the environment before the contender's process starts."""
+    if name == "us":
+        return {"LITESTREAM_PREFETCH": target["prefetch"]}
     if name != "peer":
         return {}
     env = {"LITESTREAM_REPLICA_URL": target["url"], "LITESTREAM_LOG_LEVEL": "ERROR"}

@@ -82,7 +82,9 @@ def freeze(target: Path) -> str:
 class Bench:
     """The server side: one S3 server, one proxy in front of it, one bucket with every data set."""
 
-    def __init__(self, server: S3Server, proxy: Proxy, directory: Path, say: Say) -> None:
+    def __init__(self, server: S3Server, proxy: Proxy, directory: Path, say: Say, prefetch: str = "all") -> None:
+        """`prefetch`: our option of that name."""
+        self._prefetch = prefetch
         self._code = directory / "code"
         self.fingerprint = freeze(self._code)
         self._server = server
@@ -119,6 +121,7 @@ class Bench:
                 "url": self._server.url(self._bucket, dataset.name, endpoint=self._proxy.endpoint),
                 "database": str(dataset.database),
                 "hydrate": workload.hydrate,
+                "prefetch": self._prefetch,
                 "hydration_path": f"{directory}/hydrated.db",
             }
             self._proxy.set(link)

@@ -30,6 +30,8 @@ _NEAR = 64
 """Pages of a prediction that are fetched in small requests when somebody waits for the first of them."""
 _REQUESTS = 16
 """Requests that one prediction may lead to: pages far apart cost one each."""
+_BURST = 32
+"""Requests at once for what nobody waits for."""
 _PATIENCE = 2.0
 """Seconds that a reader waits for a request that somebody else has made, before it makes its own."""
 
@@ -147,10 +149,10 @@ class Fetcher:
             extent, new = self._extents.begin(
                 span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end)
             )
-            if new and not self._bring(span, extent, Urgency.SOON):
+            if new and not self._bring(span, extent):
                 reader.refused(span.pgnos)
 
-    def _bring(self, span: Span, extent: Extent, urgency: Urgency) -> bool:
+    def _bring(self, span: Span, extent: Extent) -> bool:
         """Let a thread fetch an extent, and learn from the interior pages in it that somebody waits for."""
         wanted = self._trees.wanted.intersection(span.pgnos)
 
@@ -160,7 +162,7 @@ class Fetcher:
                 for pgno in wanted:
                     self._trees.learn(pgno, _decode(extent.data, extent.start, self._place(span.layer, pgno)))
 
-        if self._readahead.do(work, urgency):
+        if self._readahead.do(work, Urgency.SOON):
             return True
         self._extents.fail(extent)
         return False
@@ -178,11 +180,9 @@ class Fetcher:
                 found[pgno] = page
             elif (entry := layer.index.peek(pgno)) is not None:
                 places.append(Place(pgno, layer, entry[0], sum(entry)))
-        for span in join([place for place in places if self._layers.kept(place.layer) is None], FIRST):
-            inner = (span.start, span.end)
-            extent, new = self._extents.begin(span.layer.number, *inner, State.WAITING, inner)
-            if new:
-                self._bring(span, extent, Urgency.PERHAPS)
+        spans = join([place for place in places if self._layers.kept(place.layer) is None], FIRST)
+        for first in range(0, len(spans), _BURST):
+            self._burst(spans[first : first + _BURST])
         for place in places:
             page = self._one(place)
             if page is not None:
@@ -190,6 +190,25 @@ class Fetcher:
                 self._trees.learn(place.pgno, page)
                 self._cache.put(place.pgno, place.layer.number, page)
         return found
+
+    def _burst(self, spans: Iterable[Span]) -> None:
+        """Fetch them in this thread, one round trip for all: threads would take each other's interpreter lock."""
+        mine: list[tuple[Span, Extent]] = []
+        for span in spans:
+            inner = (span.start, span.end)
+            extent, _ = self._extents.begin(span.layer.number, *inner, State.WAITING, inner)
+            if self._extents.claim(extent):
+                mine.append((span, extent))
+        wanted = [(span.layer.file, extent.start, len(extent)) for span, extent in mine]
+        try:
+            for (_, extent), data in zip(mine, self._store.read_many(wanted, self._timeout), strict=True):
+                self._extents.finish(extent, data)
+        except StoreError as exc:
+            log.debug("not everything was fetched ahead: %s", exc)
+        finally:
+            for _, extent in mine:
+                if extent.state is State.FLYING:
+                    self._extents.fail(extent)
 
     def _one(self, place: Place) -> bytes | None:
         """A page that was sent for; None if it does not come."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
-from lazyreplica.clock import now
 from lazyreplica.errors import LTXError, ReplicaDamaged
 from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
@@ -52,7 +50,7 @@ _TAIL_SHARE = 128
 """Of larger files one part in so many is read from the end: an index has about 9 bytes for a frame of 1 to 4 KB."""
 _TAIL_MOST = 1 << 20
 _LARGE = 64 << 10
-_PIECE = 2 << 20
+_PIECE = 768 << 10
 """Bytes of one request for a file that is read whole: more pieces travel side by side."""
 
 _numbers = itertools.count(1)
@@ -78,8 +76,6 @@ class Layers:
         """Increments that were opened by head and tail."""
         self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
         self.extents = Extents(KEEP_TOTAL, PASSING_TOTAL)
-        self.latency = math.inf
-        """Seconds that the fastest request took."""
 
     def kept(self, layer: Layer) -> bytes | None:
         """All bytes of the layer's file, if they are here."""
@@ -128,24 +124,16 @@ class Layers:
         stretches = [_stretches(file, quick) for file in files]
         jobs = [(file, *stretch) for file, each in zip(files, stretches, strict=True) for stretch in each]
         if not quick:
-            prepare(self._store, min(len(jobs), self._store.parallel) - 1, self._timeout)
-        start = now()
+            prepare(self._store, min(len(jobs), self._store.parallel) - max(1, self._store.ready), self._timeout)
         results = self._store.read_many(jobs, self._timeout)
         try:
             for each in stretches:
-                parts = []
-                for _ in each:
-                    parts.append(next(results))
-                    self.latency = min(self.latency, now() - start)
-                yield parts
+                yield [next(results) for _ in each]
         finally:
             results.close()
 
     def _get(self, file: StoredFile, offset: int, length: int) -> bytes:
-        start = now()
-        data = self._store.read(file, offset, length, self._timeout)
-        self.latency = min(self.latency, now() - start)
-        return data
+        return self._store.read(file, offset, length, self._timeout)
 
     def _read(self, file: StoredFile, parts: list[bytes], quick: bool) -> Layer:
         try:
@@ -282,7 +270,9 @@ def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
 
 def prepare(store: Store, count: int, timeout: float) -> None:
     """Connect `count` times, all at once, and wait for that."""
-    with contextlib.suppress(RuntimeError), ThreadPoolExecutor(max(1, count)) as crew:  # no threads at interpreter exit
+    if count < 1:
+        return
+    with contextlib.suppress(RuntimeError), ThreadPoolExecutor(count) as crew:  # no threads at interpreter exit
         for _ in range(count):
             crew.submit(store.prepare, timeout)
 

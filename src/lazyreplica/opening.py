@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
+from lazyreplica.clock import now
 from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaGap
 from lazyreplica.extents import State
 from lazyreplica.layers import Layers
@@ -24,27 +26,40 @@ from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
 
-FAR = 0.015
-"""Seconds: a store that answers faster is not worth guessing for."""
+FAR = 0.03
+"""Seconds for a connection and a listing: a store that answers faster is not worth guessing for."""
 _MOST_ROOTS = 24
 _ATTEMPTS = 3
 
 
-def open_newest(
-    store: Store, layers: Layers, readahead: Readahead, timeout: float
-) -> tuple[tuple[StoredFile, ...], Snapshot]:
-    """The listing, and the newest state that can be made from it.
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What an open has found."""
+
+    files: tuple[StoredFile, ...]
+    """The listing."""
+    snapshot: Snapshot
+    """The newest state."""
+    far: bool
+    """Whether the store is so far away that guesses pay."""
+
+
+def open_newest(store: Store, layers: Layers, readahead: Readahead, timeout: float) -> Opened:
+    """The newest state that can be made from a listing.
 
     `timeout`: seconds for each listing. Raises `StoreError`, `EmptyReplica`, `LegacyLayout`, `ReplicaGap`,
     `ReplicaDamaged`, `LTXError`; `FileVanished` when files keep vanishing while they are opened.
     """
     for attempt in range(1, _ATTEMPTS + 1):
+        start = now()
         files = _list(store, timeout)
+        far = now() - start > FAR
+        asking = partial(_ask_for_roots, layers, readahead) if far else None
         try:
-            chain = layers.open_chain(
-                _plan(files, store.url), quick=store.parallel > 1, opened=partial(_ask_for_roots, layers, readahead)
-            )
-            return files, stack_snapshot(chain, Lineage())
+            chain = layers.open_chain(_plan(files, store.url), quick=store.parallel > 1, opened=asking)
+            if not far:
+                _verify(layers, chain, store.url)
+            return Opened(files, stack_snapshot(chain, Lineage()), far)
         except (FileVanished, ReplicaGap) as exc:
             # Compaction moves files while we look, and levels are not listed in one instant: what is wrong only for a
             # moment is not wrong.
@@ -52,6 +67,14 @@ def open_newest(
                 raise
             log.info("planning %s again: %s", store.url, exc)
     raise AssertionError("unreachable")
+
+
+def _verify(layers: Layers, chain: list[Layer], url: str) -> None:
+    """At once, where that takes only moments; else it is done a little later (see `Replica`)."""
+    for layer in chain:
+        damage = layers.verify(layer)
+        if damage is not None:
+            raise LTXError(f"{layer} of {url} is damaged: {damage}; a new snapshot by the primary replaces it")
 
 
 def _list(store: Store, timeout: float) -> tuple[StoredFile, ...]:
@@ -75,7 +98,7 @@ def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
     SQLite reads sqlite_stat1 together with the schema, and the root of every table that is queried. Newer files may
     hold newer ones; then these were fetched in vain.
     """
-    if not layer.holds_everything or layers.latency < FAR:
+    if not layer.holds_everything:
         return
     first = _page(layers, layer, 1)
     if first is None:

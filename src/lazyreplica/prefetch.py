@@ -28,6 +28,9 @@ _NONE: tuple[int, ...] = ()
 class _Source(Protocol):
     """A sequence of pages. May go on after it gave nothing, once more is known."""
 
+    missing: list[int]
+    """After `take`: pages that are not of the sequence, but have to be known to go on with it."""
+
     def take(self, count: int) -> list[int]: ...
 
 
@@ -38,12 +41,13 @@ class _Siblings:
         self._trees = trees
         self._last = pgno
         self._direction = direction
+        self.missing: list[int] = []
 
     def take(self, count: int) -> list[int]:
-        pages, missing = self._trees.beyond(self._last, count, self._direction)
+        pages, self.missing = self._trees.beyond(self._last, count, self._direction)
         if pages:
             self._last = pages[-1]
-        return pages if missing is None else [*pages, missing]
+        return pages
 
 
 class _Listed:
@@ -51,6 +55,7 @@ class _Listed:
 
     def __init__(self, pages: Iterable[int]) -> None:
         self._pages = iter(pages)
+        self.missing: list[int] = []
 
     def take(self, count: int) -> list[int]:
         return list(islice(self._pages, count))
@@ -168,7 +173,7 @@ class Reader:
         for pgno in pages:
             self._expected[pgno] = stream
         stream.left += len(pages)
-        return pages
+        return pages + stream.source.missing
 
     def _remember(self, pgno: int, window: int) -> None:
         self._seen[pgno] = window

@@ -27,7 +27,7 @@ from lazyreplica.head import Head
 from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator, make_work_directory
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.opening import FAR, open_newest
+from lazyreplica.opening import open_newest
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
@@ -63,13 +63,13 @@ class Replica:
         self.layers = Layers(store, options.read_timeout)
         self._readahead = Readahead(min(store.parallel, _READAHEAD))
         try:
-            listed, snapshot = open_newest(
-                store, self.layers, self._readahead, min(_OPEN_TIMEOUT, options.read_timeout)
-            )
+            limit = min(_OPEN_TIMEOUT, options.read_timeout)
+            opened = open_newest(store, self.layers, self._readahead, limit)
+            snapshot = opened.snapshot
             self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
-                store, self.layers, self._head, listed, self._advance, self._replace, options.read_timeout
+                store, self.layers, self._head, opened.files, self._advance, self._replace, options.read_timeout
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
@@ -83,7 +83,7 @@ class Replica:
             raise
         if self._hydrator:
             self._hydrator.start()
-        if store.parallel > 1:
+        if opened.far:
             self._readahead.do(lambda: self._warm_up(snapshot), Urgency.WHENEVER)
         if options.poll_interval:
             self._follower.start(options.poll_interval)
@@ -95,7 +95,7 @@ class Replica:
             return
         for layer in snapshot.pages.layers():
             self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
-        if "interior" in self.options.prefetch and self.layers.latency > FAR:
+        if "interior" in self.options.prefetch:
             crawl(snapshot, self._fetcher, self._trees)
 
     def _verify(self, layer: Layer) -> None:

@@ -16,6 +16,7 @@ from lazyreplica.btree import Interior
 _MAX_CHILDREN = 1 << 16
 """Children that are remembered, of all pages together: about 6 MB."""
 _MAX_WANTED = 1024
+_UNCLES = 8
 _MAX_ROOTS = 4096
 _ENCODINGS = {2: "utf-16-le", 3: "utf-16-be"}
 _MAX_DEPTH = 20
@@ -124,10 +125,11 @@ class Trees:
         """The page before (-1) or after (1) `pgno` on its level of the tree, if the pages above are known."""
         return next(iter(self.beyond(pgno, 1, direction)[0]), None)
 
-    def beyond(self, pgno: int, count: int, direction: int) -> tuple[list[int], int | None]:
+    def beyond(self, pgno: int, count: int, direction: int) -> tuple[list[int], list[int]]:
         """Up to `count` pages that follow `pgno` on its level, in key order (-1: in reverse).
 
-        And, if the list ends because of that, the interior page that has to be learned to know how it goes on.
+        And, if the list ends because of that, the interior pages that have to be learned to know how it goes on: the
+        next one, and some behind it, so that not every few hundred leaves wait for a round trip.
         """
         pages: list[int] = []
         # Hostile pages may lead in circles: each round uses up one of `count`.
@@ -144,12 +146,14 @@ class Trees:
                 break
             following = self._interiors.get(uncle)
             if following is None:
+                behind, _ = self.beyond(uncle, _UNCLES - 1, direction)
+                missing = [uncle, *(page for page in behind if page not in self._interiors)]
                 if len(self.wanted) < _MAX_WANTED:
-                    self.wanted.add(uncle)
-                return pages, uncle
+                    self.wanted.update(missing)
+                return pages, missing
             pgno = following.children[0 if direction > 0 else -1]
             pages.append(pgno)
-        return pages[:count], None
+        return pages[:count], []
 
     def _uncle(self, pgno: int, direction: int) -> int | None:
         """The page next to `pgno`, an interior one, on its level: first up, then down again."""

@@ -62,6 +62,10 @@ class Store(Protocol):
     def parallel(self) -> int:
         """How many calls at once are worth it: 1 where a call costs no waiting."""
 
+    @property
+    def ready(self) -> int:
+        """How many calls can be made at once without making ready for them."""
+
     def prepare(self, timeout: float) -> None:
         """Make ready for one more call at once (a connection), if that takes time. Never raises."""
 

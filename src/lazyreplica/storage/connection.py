@@ -198,11 +198,18 @@ class Connection(http.client.HTTPConnection):
         """No request is under way from now on."""
         self._idle_since = time.monotonic()
 
+    @property
+    def idle(self) -> float:
+        """Seconds since `rest`."""
+        return time.monotonic() - self._idle_since
+
     def is_fresh(self, longest: float) -> bool:
         """Whether an idle connection is worth using: for at most `longest` seconds, and not closed by the server."""
-        if self.sock is None or time.monotonic() - self._idle_since > longest:
+        if self.sock is None or self.idle > longest:
             return False
         # Readable without a request: an end of stream, or something that nobody asked for.
+        if not hasattr(select, "poll"):  # Windows
+            return not select.select([self.sock.sock], [], [], 0)[0]
         poll = select.poll()
         poll.register(self.sock.sock, select.POLLIN)
         return not poll.poll(0)

@@ -39,6 +39,10 @@ class LocalStore:
     def parallel(self) -> int:
         return 1
 
+    @property
+    def ready(self) -> int:
+        return 1
+
     def prepare(self, timeout: float) -> None:
         """Nothing to prepare."""
 

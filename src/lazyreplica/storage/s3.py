@@ -79,6 +79,10 @@ class S3Store:
     def parallel(self) -> int:
         return _PARALLEL
 
+    @property
+    def ready(self) -> int:
+        return self._client.ready
+
     def prepare(self, timeout: float) -> None:
         self._client.prepare(timeout)
 

@@ -200,6 +200,11 @@ class S3Client:
         """See `Connections.prepare`."""
         self._connections.prepare(timeout)
 
+    @property
+    def ready(self) -> int:
+        """See `Connections.ready`."""
+        return self._connections.ready
+
     def close(self) -> None:
         self._connections.close()
 

@@ -102,6 +102,11 @@ class Connections:
         """Set by `close`; something to sleep on between attempts."""
         return self._sockets.closed
 
+    @property
+    def ready(self) -> int:
+        """How many idle connections there are."""
+        return len(self._idle)
+
     def exchange(self, exchange: Exchange, window: Callable[[Head], Window], deadline: Deadline) -> Reply:
         """Send one request and keep the bytes of the reply that `window` asks for.
 
@@ -188,7 +193,7 @@ class Connections:
 
         A failure is not told: the request will meet it.
         """
-        if not self.closed.is_set():
+        if not self.closed.is_set() and self.ready < MAX_CONNECTIONS:
             connection = Connection(self._origin, self._sockets)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection.begin(Deadline.after(min(CONNECT_SECONDS, timeout)))
@@ -234,6 +239,9 @@ class Connections:
         if connection.sock is not None and not self.closed.is_set():
             connection.rest()
             self._idle.append(connection)
+            if self._idle[0].idle > _IDLE_SECONDS:
+                with contextlib.suppress(IndexError):
+                    self._idle.pop(0).close()  # each request ends one of those that a burst has left behind
         else:
             connection.close()
 
