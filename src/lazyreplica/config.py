@@ -166,7 +166,7 @@ def _parse_techniques(value: object, source: str) -> frozenset[str]:
     names = value.replace(",", " ").split() if isinstance(value, str) else value
     if names in (["all"], ["none"]):
         return frozenset(TECHNIQUES if names == ["all"] else ())
-    if not isinstance(names, list | tuple | set | frozenset) or not set(names) <= set(TECHNIQUES):
+    if not isinstance(names, list | tuple | set | frozenset) or not all(name in TECHNIQUES for name in names):
         raise ConfigError(f"{source} is {value!r}, expected all, none, or some of {', '.join(TECHNIQUES)}")
     return frozenset(names)
 

@@ -114,13 +114,15 @@ class Fetcher:
         if reason is not None:
             raise LTXError(f"{layer} of {self._store.url} is damaged, its pages cannot be read: {reason}")
 
-    @staticmethod
-    def _place(layer: Layer, pgno: int) -> Place:
+    def _place(self, layer: Layer, pgno: int) -> Place:
         try:
             entry = layer.index.get(pgno)
         except LTXError as exc:
             log.warning("%s gave a damaged page index (%s); fetching it again", layer, exc)
-            entry = layer.index.get(pgno)
+            try:
+                entry = layer.index.get(pgno)
+            except LTXError as again:
+                raise LTXError(f"{layer} of {self._store.url} is damaged: {again}") from again
         assert entry is not None, "the page map named this layer as the page's owner"
         return Place(pgno, layer, entry[0], sum(entry))
 

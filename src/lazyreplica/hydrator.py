@@ -163,8 +163,8 @@ class Hydrator:
         if filling is not None and filling.copy.pending:
             self._wake.set()
 
-    def give_up(self, copy: LocalCopy, exc: OSError) -> None:
-        """The disk does not do its part: drop the copy, if it is still in use, and give its space back."""
+    def give_up(self, copy: LocalCopy, exc: Exception) -> None:
+        """The disk does not do its part, or what is in it is wrong: drop the copy, if it is still in use."""
         with self._guard:
             filling = self._filling
             if filling is None or filling.copy is not copy:
@@ -173,7 +173,7 @@ class Hydrator:
         self._say_given_up(exc)
         self._discard(filling)
 
-    def _say_given_up(self, exc: OSError) -> None:
+    def _say_given_up(self, exc: Exception) -> None:
         log.warning("the local copy of %s is given up, reads go on from the store: %s", self._url, exc)
 
     def _discard(self, filling: _Filling) -> None:

@@ -191,7 +191,6 @@ class Layers:
         file = layer.file
         if layer not in self._unverified or file.size > VERIFY_FILE:
             return None
-        self._unverified.discard(layer)
         for attempt in (1, 2):
             data = self._get(file, 0, file.size)
             try:
@@ -201,10 +200,12 @@ class Layers:
             except LTXError as exc:
                 log.warning("%s of %s is damaged (%s)", file, self._store.url, exc)
                 if attempt == 2:
+                    self._unverified.discard(layer)
                     return str(exc)
             else:
                 self.extents.keep_whole(layer.number, data)
                 break
+        self._unverified.discard(layer)
         return None
 
     def _assemble(self, file: StoredFile, parts: list[bytes], quick: bool) -> Layer:

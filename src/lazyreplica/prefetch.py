@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from itertools import chain, count, groupby, islice
+from itertools import chain, count, islice
 from typing import Protocol
 
 from lazyreplica import btree
@@ -21,6 +21,8 @@ round trip of 20 ms and the transfer take."""
 _START = 8
 _GROWTH = 8
 _STREAMS = 8
+_UNCLES = 7
+"""Interior pages that are sent for together with the next one."""
 _SEEN = 64
 _NONE: tuple[int, ...] = ()
 
@@ -44,7 +46,11 @@ class _Siblings:
         self.missing: list[int] = []
 
     def take(self, count: int) -> list[int]:
-        pages, self.missing = self._trees.beyond(self._last, count, self._direction)
+        pages, missing = self._trees.beyond(self._last, count, self._direction)
+        if missing is None:
+            self.missing = []
+        else:
+            self.missing = [missing, *self._trees.beside(missing, _UNCLES, self._direction)]
         if pages:
             self._last = pages[-1]
         return pages
@@ -71,7 +77,7 @@ class _Run(_Listed):
 class _Stream:
     """A sequence that somebody is reading. `left` pages of it were announced and not read yet."""
 
-    __slots__ = ("back", "last", "left", "source", "window")
+    __slots__ = ("asked", "back", "last", "left", "source", "window")
 
     def __init__(self, source: _Source, window: int, last: int) -> None:
         self.source = source
@@ -81,6 +87,8 @@ class _Stream:
         self.left = 0
         self.back: list[int] = []
         """Announced, and not taken: the next ones to announce."""
+        self.asked: set[int] = set()
+        """What the source is missing, and was announced beside it."""
 
 
 class Reader:
@@ -173,7 +181,11 @@ class Reader:
         for pgno in pages:
             self._expected[pgno] = stream
         stream.left += len(pages)
-        return pages + stream.source.missing
+        if stream.source.missing:
+            new = [pgno for pgno in stream.source.missing if pgno not in stream.asked]
+            stream.asked = set(stream.source.missing)
+            pages += new
+        return pages
 
     def _remember(self, pgno: int, window: int) -> None:
         self._seen[pgno] = window
@@ -207,6 +219,9 @@ class Reader:
         stream.left = 0
 
     def _is_in_tree(self, pgno: int) -> bool:
+        """Whether the page's siblings are known better than by their numbers."""
+        if "siblings" not in self._techniques:
+            return False
         return self._trees.parent(pgno) is not None or self._trees.is_root(pgno)
 
     def _guess(self, pgno: int) -> list[int]:
@@ -276,7 +291,7 @@ class Reader:
         if not table or self._trees.root(pgno) == table:
             return []
         rowids = btree.index_rowids(page, pgno, self._trees.usable)
-        return [leaf for leaf, _ in groupby(self._trees.leaves(table, rowids))]
+        return list(dict.fromkeys(self._trees.leaves(table, rowids)))
 
     def _find_chain(self, pgno: int) -> tuple[_Source, int] | None:
         """The first page of an overflow chain of the last leaf: its pages mostly lie in a row."""

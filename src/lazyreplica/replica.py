@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 
 from lazyreplica.cache import PageCache
 from lazyreplica.config import Options
 from lazyreplica.crawl import crawl
 from lazyreplica.errors import (
+    FileVanished,
     LineageChanged,
+    LTXError,
     ReplicaError,
     ReplicaGap,
+    StoreError,
     StoreUnavailable,
     WaitTimeout,
 )
@@ -42,8 +46,18 @@ _WAIT_STEP = 0.2
 _GRACE = 0.02
 """Seconds before background work begins: whoever opened a replica reads its schema first."""
 _READAHEAD = 24
+_VERIFY_AGAIN = 1.0
 _OPEN_TIMEOUT = 10.0
 """Seconds for the first listing: who opens a replica wants to know soon that nobody answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Damage:
+    """A file that was in use before it was found to be damaged."""
+
+    layer: Layer
+    lineage: int
+    reason: str
 
 
 class Replica:
@@ -60,6 +74,7 @@ class Replica:
         self._store = store
         self._closed = False
         self._closing = threading.Event()
+        self._damage: list[_Damage] = []
         self.layers = Layers(store, options.read_timeout)
         self._readahead = Readahead(min(store.parallel, _READAHEAD))
         try:
@@ -99,9 +114,36 @@ class Replica:
             crawl(snapshot, self._fetcher, self._trees)
 
     def _verify(self, layer: Layer) -> None:
-        damage = self.layers.verify(layer)
-        if damage is not None:
-            self._fetcher.distrust(layer, damage)
+        """Verify a file that was opened in haste, however long it takes until storage answers."""
+        pause = _VERIFY_AGAIN
+        while True:
+            try:
+                damage = self.layers.verify(layer)
+                break
+            except FileVanished:
+                return
+            except StoreError as exc:
+                log.info("%s cannot be verified yet: %s", layer, exc)
+            if self._closing.wait(pause):
+                return
+            pause = min(2 * pause, 60.0)
+        if damage is None:
+            return
+        # Its index may name the wrong pages, so that older ones showed through: no page is certain any more.
+        self._damage.append(_Damage(layer, self._head.current.lineage.number, damage))
+        self._fetcher.distrust(layer, damage)
+        copy = self._hydrator.copy if self._hydrator else None
+        if self._hydrator and copy:
+            self._hydrator.give_up(copy, LTXError(f"{layer} is damaged: {damage}"))
+
+    def _refuse_damaged(self, snapshot: Snapshot) -> None:
+        base = next(iter(snapshot.pages.layers()))
+        for damage in self._damage:
+            if snapshot.lineage.number == damage.lineage and base.max_txid < damage.layer.max_txid <= snapshot.txid:
+                raise LTXError(
+                    f"{damage.layer} of {self.url} is damaged: {damage.reason}; which pages it changed is not known, "
+                    "so none can be read until the primary writes a new snapshot"
+                )
 
     def _make_hydrator(self, relocator: Relocator) -> Hydrator | None:
         work = make_work_directory(self.options, self._head.current, self.url)
@@ -179,6 +221,8 @@ class Replica:
 
         Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; never returns a page it is not sure of.
         """
+        if self._damage:
+            self._refuse_damaged(snapshot)
         if pgno == snapshot.lock_pgno:
             return bytes(snapshot.page_size)
         layer = snapshot.owner(pgno)

@@ -16,7 +16,6 @@ from lazyreplica.btree import Interior
 _MAX_CHILDREN = 1 << 16
 """Children that are remembered, of all pages together: about 6 MB."""
 _MAX_WANTED = 1024
-_UNCLES = 8
 _MAX_ROOTS = 4096
 _ENCODINGS = {2: "utf-16-le", 3: "utf-16-be"}
 _MAX_DEPTH = 20
@@ -125,11 +124,10 @@ class Trees:
         """The page before (-1) or after (1) `pgno` on its level of the tree, if the pages above are known."""
         return next(iter(self.beyond(pgno, 1, direction)[0]), None)
 
-    def beyond(self, pgno: int, count: int, direction: int) -> tuple[list[int], list[int]]:
+    def beyond(self, pgno: int, count: int, direction: int) -> tuple[list[int], int | None]:
         """Up to `count` pages that follow `pgno` on its level, in key order (-1: in reverse).
 
-        And, if the list ends because of that, the interior pages that have to be learned to know how it goes on: the
-        next one, and some behind it, so that not every few hundred leaves wait for a round trip.
+        And, if the list ends because of that, the interior page that has to be learned to know how it goes on.
         """
         pages: list[int] = []
         # Hostile pages may lead in circles: each round uses up one of `count`.
@@ -146,17 +144,31 @@ class Trees:
                 break
             following = self._interiors.get(uncle)
             if following is None:
-                behind, _ = self.beyond(uncle, _UNCLES - 1, direction)
-                missing = [uncle, *(page for page in behind if page not in self._interiors)]
-                if len(self.wanted) < _MAX_WANTED:
-                    self.wanted.update(missing)
-                return pages, missing
+                self._want(uncle)
+                return pages, uncle
             pgno = following.children[0 if direction > 0 else -1]
             pages.append(pgno)
-        return pages[:count], []
+        return pages[:count], None
+
+    def beside(self, pgno: int, count: int, direction: int) -> list[int]:
+        """Up to `count` interior pages next to `pgno`, one itself, under the same parent: those that are not known yet.
+
+        Who goes on to the next interior page needs these soon, and should not wait for each of them.
+        """
+        parent = self.parent(pgno)
+        if parent is None:
+            return []
+        pages = [page for page in _after(parent, pgno, direction)[:count] if page not in self._interiors]
+        for page in pages:
+            self._want(page)
+        return pages
+
+    def _want(self, pgno: int) -> None:
+        if len(self.wanted) < _MAX_WANTED:
+            self.wanted.add(pgno)
 
     def _uncle(self, pgno: int, direction: int) -> int | None:
-        """The page next to `pgno`, an interior one, on its level: first up, then down again."""
+        """The page next to `pgno`, an interior one, on its level: first up, then down, as far as that is known."""
         height = 0
         for _ in range(_MAX_DEPTH):
             parent = self._parents.get(pgno, 0)
@@ -171,7 +183,7 @@ class Trees:
         for _ in range(height):
             interior = self._interiors.get(pgno)
             if interior is None:
-                return None
+                return pgno  # this one has to be learned first
             pgno = interior.children[0 if direction > 0 else -1]
         return pgno
 

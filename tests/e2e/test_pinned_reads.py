@@ -80,6 +80,7 @@ def test_a_version_that_compaction_dropped_is_not_replaced_by_an_older_one(
 ) -> None:
     """Version 2 of the pages is in one level-0 file only; the next transaction overwrites or cuts them off."""
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)  # else that file is still in memory, and answers rightly
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     db = tmp_path / "app.db"
     with primary(db) as con:
         with replicating(db, file_replica_dir, **BUSY) as writer:

@@ -8,7 +8,8 @@ import random
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ class SpyStore:
 
     def __init__(self, url: str, parallel: int = 1) -> None:
         self.inner = open_store(url)
-        self.parallel = parallel
+        self.parallel = self.ready = parallel
         self.url = self.inner.url
         self.reads: list[tuple[StoredFile, int, int]] = []
         self.listings = 0
@@ -207,6 +208,11 @@ class SpyStore:
 
     def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
         buffer[:] = self.read(file, offset, len(buffer), timeout)
+
+    def read_many(self, wanted: Iterable[tuple[StoredFile, int, int]], timeout: float) -> Generator[bytes]:
+        jobs = list(wanted)
+        with ThreadPoolExecutor(max(1, min(self.parallel, len(jobs)))) as pool:
+            yield from pool.map(lambda job: self.read(*job, timeout), jobs)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
         self.probes.append(name)

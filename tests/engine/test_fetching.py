@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from replicas import History, ReplicaDirectory, SpyStore, pinned, read_page, start, until
 from replicas import opened as opened_as_it_is
 
-from lazyreplica import fetcher, layers, spans
+from lazyreplica import fetcher, layers, opening, spans
 from lazyreplica.errors import LTXError, SnapshotGone, StoreUnavailable
+from lazyreplica.ltx import decode_file, encode_index
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
@@ -506,3 +507,105 @@ def test_a_vanished_file_fails_only_its_own_pages(directory: ReplicaDirectory, s
         with pytest.raises(SnapshotGone):
             fetch_row(replica, snapshot, 5, 3)
         assert fetch_row(replica, snapshot, 1, 2) == history.states[2][1]
+
+
+# -- increments that are opened by head and tail, and verified a moment later --
+
+
+@pytest.fixture
+def verified_later(directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch) -> SpyStore:
+    """A remote store of a snapshot of 8 pages, and an increment with pages 3 and 5."""
+    monkeypatch.setattr(opening, "FAR", -1.0)
+    monkeypatch.setattr(layers, "QUICK_FILE", 0)
+    monkeypatch.setattr(layers, "VERIFY_FILE", 8 << 20)
+    monkeypatch.setattr(layers, "_TAIL", 200)
+    history, _ = start(directory.path)
+    history.commit([3, 5])
+    directory.sync(history)
+    return SpyStore(directory.url, parallel=4)
+
+
+def exchange_page_number(directory: ReplicaDirectory) -> None:
+    """The increment's index names page 4 in place of page 3, which only the file's checksum tells."""
+    path = directory.place(0, 2, 2)
+    data = path.read_bytes()
+    index = decode_file(data).index
+    entries = [(4 if pgno == 3 else pgno, offset, size) for pgno, offset, size in index.frames(0, len(index))]
+    directory.write_bytes(0, 2, 2, data[: index.offsets[-1] + 6] + encode_index(entries) + data[-16:])
+
+
+def increment_of(replica: Replica) -> Layer:
+    return next(layer for layer in replica.head.pages.layers() if layer.max_txid == 2)
+
+
+def test_an_increment_is_verified_soon_after_the_open_and_kept(
+    verified_later: SpyStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "KEEP_TOTAL", 1 << 20)
+    with opened_as_it_is(verified_later) as replica:
+        until(lambda: replica.layers.kept(increment_of(replica)) is not None)
+        assert replica.layers.distrusted(increment_of(replica)) is None
+
+
+# Regression (layers.py): what a wrong index does not name shows the page of an older file, before and after the
+# damage is found, and nothing of that is refused.
+def test_an_increment_that_is_found_damaged_after_the_open_shows_no_older_page(
+    directory: ReplicaDirectory, verified_later: SpyStore
+) -> None:
+    exchange_page_number(directory)
+    with opened_as_it_is(verified_later) as replica, pinned(replica) as snapshot:
+        until(lambda: replica.layers.distrusted(increment_of(replica)))
+        for pgno in (4, 5, 3):
+            with pytest.raises(LTXError, match=r"0{15}2-0{15}2.ltx"):
+                read_page(replica, snapshot, pgno)
+
+
+def test_a_page_that_was_read_before_the_damage_was_found_is_not_shown_again(
+    directory: ReplicaDirectory, verified_later: SpyStore
+) -> None:
+    exchange_page_number(directory)
+    go_on = threading.Event()
+
+    def wait(file: StoredFile, offset: int, length: int) -> None:
+        if file.name == FileName(2, 2) and length == file.size:
+            assert go_on.wait(5)
+
+    verified_later.before_read = wait
+    with opened_as_it_is(verified_later) as replica, pinned(replica) as snapshot:
+        read_page(replica, snapshot, 5)  # as good as any page before the file is verified
+        go_on.set()
+        until(lambda: replica.layers.distrusted(increment_of(replica)))
+        with pytest.raises(LTXError, match=r"0{15}2-0{15}2.ltx"):
+            read_page(replica, snapshot, 5)
+
+
+# Regression (layers.py, `verify`): the file counts as verified before it is read, and nobody tries again.
+def test_an_increment_that_could_not_be_verified_at_first_is_verified_later(
+    directory: ReplicaDirectory, verified_later: SpyStore
+) -> None:
+    exchange_page_number(directory)
+    failed: list[StoredFile] = []
+
+    def fail(file: StoredFile, offset: int, length: int) -> None:
+        if file.name == FileName(2, 2) and length == file.size and not failed:
+            failed.append(file)
+            raise StoreUnavailable("no answer")
+
+    verified_later.before_read = fail
+    with opened_as_it_is(verified_later, poll_interval=0.01) as replica:
+        until(lambda: failed)
+        until(lambda: replica.layers.distrusted(increment_of(replica)), 5, "somebody verifies it after all")
+
+
+def test_what_was_verified_when_it_was_opened_is_not_read_again(directory: ReplicaDirectory, spy: SpyStore) -> None:
+    """Though it is not kept: there may be more of such files than memory for them."""
+    history, _ = start(directory.path)
+    for _ in range(3):
+        history.commit([3, 5])
+        directory.sync(history)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "KEEP_FILE", 1 << 20)
+        with opened_as_it_is(spy):
+            assert len(spy.reads) == 4
+            time.sleep(0.2)
+            assert len(spy.reads) == 4

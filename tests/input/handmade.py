@@ -23,6 +23,10 @@ SECONDS = 10.0
 STILL = {"poll_interval": 0, "hydrate": False}
 """Options of a replica that does nothing by itself."""
 
+AT_OPEN: tuple[type[apsw.Error], ...] = (apsw.CantOpenError,)
+AT_OPEN_OR_QUERY: tuple[type[apsw.Error], ...] = (apsw.CantOpenError, apsw.IOError)
+"""Damage in what is read only when it is needed: SQLite reads some of it to open the database, or a query does."""
+
 
 def pages_of(database: Path, page_size: int = 4096) -> dict[int, bytes]:
     """All pages of a database file by number."""
@@ -112,7 +116,7 @@ def read(url: str, **options: Any) -> list[tuple[Any, ...]]:
 
 
 def failure(
-    url: str, ours: type[LazyReplicaError], theirs: type[apsw.Error] = apsw.CantOpenError, **options: Any
+    url: str, ours: type[LazyReplicaError], theirs: tuple[type[apsw.Error], ...] = AT_OPEN, **options: Any
 ) -> str:
     """The message of the exception that reading `url` ends with, within seconds; both families catch it."""
     started = time.monotonic()
@@ -122,15 +126,26 @@ def failure(
         assert isinstance(exc, theirs), f"{type(exc).__mro__}: {exc}"
         assert isinstance(exc, ours), f"{type(exc).__mro__}: {exc}"
         assert type(exc).__name__ == ours.__name__, type(exc)
-        assert exc.result == theirs_code(theirs), exc.result
+        assert exc.result == theirs_code(exc), exc.result
         assert exc.extendedresult & 0xFF == exc.result
         assert time.monotonic() - started < SECONDS
         return str(exc)
     raise AssertionError(f"read {len(rows)} rows, expected {ours.__name__}")
 
 
-def theirs_code(theirs: type[apsw.Error]) -> int:
-    return {apsw.CantOpenError: apsw.SQLITE_CANTOPEN, apsw.IOError: apsw.SQLITE_IOERR}[theirs]
+def theirs_code(exc: apsw.Error) -> int:
+    return apsw.SQLITE_CANTOPEN if isinstance(exc, apsw.CantOpenError) else apsw.SQLITE_IOERR
+
+
+def right_or_failure(url: str, right: list[tuple[Any, ...]], ours: type[LazyReplicaError]) -> str:
+    """The message of the exception; empty when all rows came, and were right."""
+    try:
+        rows = read(url)
+    except apsw.Error as exc:
+        assert isinstance(exc, AT_OPEN_OR_QUERY) and isinstance(exc, ours), f"{type(exc).__mro__}: {exc}"
+        return str(exc)
+    assert rows == right, "other rows came out"
+    return ""
 
 
 def upload(server: S3Server, bucket: str, history: History, path: str = "app") -> str:

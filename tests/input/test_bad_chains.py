@@ -13,7 +13,20 @@ from pathlib import Path
 
 import apsw
 import pytest
-from handmade import SECONDS, STILL, History, failure, ltx, opened, pages_of, put, read
+from handmade import (
+    AT_OPEN,
+    AT_OPEN_OR_QUERY,
+    SECONDS,
+    STILL,
+    History,
+    failure,
+    ltx,
+    opened,
+    pages_of,
+    put,
+    read,
+    right_or_failure,
+)
 
 import lazyreplica
 from lazyreplica import layers
@@ -223,12 +236,26 @@ def entries_of(data: bytes) -> list[tuple[int, int, int]]:
 
 
 @pytest.fixture(params=["small", "large"])
-def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether files are treated as large ones are: an index is read when a page is needed."""
     if request.param == "large":
         monkeypatch.setattr(layers, "KEEP_FILE", 100)
         monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
         monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
         monkeypatch.setattr(layers, "_TAIL", 200)
+    return bool(request.param == "large")
+
+
+def refused_snapshot(replica: Path, history: History, damaged: bytes, large: bool) -> None:
+    """The snapshot 1-1 with a damaged index is an error that names it, as soon as a page of it is needed."""
+    url = history.write(replica, 1)
+    path = put(replica, 0, 1, 1, damaged)
+    message = failure(url, LTXError, AT_OPEN_OR_QUERY if large else AT_OPEN)
+    assert path.name in message and str(replica) in message
+    # ... and of a chain, in which newer files hold some of the pages, or all that are asked for
+    history.write(replica, 2, 3)
+    message = right_or_failure(url, history.rows[2], LTXError)
+    assert path.name in message or (large and not message)
 
 
 @pytest.mark.usefixtures("any_size")
@@ -240,38 +267,37 @@ def test_an_index_of_absurd_length_is_an_error(replica: Path, history: History, 
     assert path.name in failure(url, LTXError)
 
 
-@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("offset", [0, 1, 99, 101, 1 << 20, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
 @pytest.mark.parametrize("place", [0, 3, -1])
-def test_an_index_that_points_outside_is_an_error(replica: Path, history: History, offset: int, place: int) -> None:
-    url = history.write(replica)
-    for txid in (1, 3):
-        entries = entries_of(history.files[txid - 1])
+def test_an_index_that_points_outside_is_an_error(
+    replica: Path, history: History, any_size: bool, offset: int, place: int
+) -> None:
+    def damaged(data: bytes) -> bytes:
+        entries = entries_of(data)
         pgno, _, size = entries[place]
         entries[place] = (pgno, offset, size)
-        path = put(replica, 0, txid, txid, with_index(history.files[txid - 1], entries))
-        assert path.name in failure(url, LTXError)
-        put(replica, 0, txid, txid, history.files[txid - 1])
+        return with_index(data, entries)
 
-
-@pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("size", [0, 1, 6, 9, 100_000, 1 << 31, 1 << 62])
-def test_a_frame_of_absurd_size_is_an_error(replica: Path, history: History, size: int) -> None:
+    refused_snapshot(replica, history, damaged(history.files[0]), any_size)
     url = history.write(replica)
+    path = put(replica, 0, 3, 3, damaged(history.files[2]))
+    assert path.name in failure(url, LTXError)
+
+
+@pytest.mark.parametrize("size", [0, 1, 6, 9, 100_000, 1 << 31, 1 << 62])
+def test_a_frame_of_absurd_size_is_an_error(replica: Path, history: History, any_size: bool, size: int) -> None:
     entries = entries_of(history.files[0])
     entries[-1] = (*entries[-1][:2], size)
-    path = put(replica, 0, 1, 1, with_index(history.files[0], entries))
-    assert path.name in failure(url, LTXError)
+    refused_snapshot(replica, history, with_index(history.files[0], entries), any_size)
 
 
-@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("pgno", [0, 1, 17, 262145, (1 << 32) - 1, 1 << 32, 1 << 62])
-def test_an_index_of_absurd_page_numbers_is_an_error(replica: Path, history: History, pgno: int) -> None:
-    url = history.write(replica)
+def test_an_index_of_absurd_page_numbers_is_an_error(
+    replica: Path, history: History, any_size: bool, pgno: int
+) -> None:
     entries = entries_of(history.files[0])
     entries[-1] = (pgno, *entries[-1][1:])
-    path = put(replica, 0, 1, 1, with_index(history.files[0], entries))
-    assert path.name in failure(url, LTXError)
+    refused_snapshot(replica, history, with_index(history.files[0], entries), any_size)
 
 
 @pytest.mark.parametrize("hydrate", [False, True, None])
@@ -286,7 +312,8 @@ def test_a_snapshot_that_announces_a_huge_database_is_an_error(
             monkeypatch.setattr(layers, "KEEP_FILE", keep)
             monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
             monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
-            assert path.name in failure(url, LTXError, hydrate=hydrate)
+            theirs = AT_OPEN_OR_QUERY if keep == 100 else AT_OPEN
+            assert path.name in failure(url, LTXError, theirs, hydrate=hydrate)
 
 
 _CHILD = """

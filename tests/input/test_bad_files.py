@@ -9,17 +9,18 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import apsw
 import pytest
 from handmade import SECONDS, STILL, History, failure, flipped, make_history, opened, put, read
 
-from lazyreplica import layers
+from lazyreplica import layers, opening
 from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged
 from lazyreplica.ltx import Compression, decode_file, decode_frame, encode_file, encode_index
+from lazyreplica.ltx.lazyindex import BLOCK_SIZE
 from lazyreplica.registry import acquire, release
 from lazyreplica.storage.local import LocalStore
 
@@ -28,13 +29,42 @@ HEADER = range(100 * 8)
 pytestmark = pytest.mark.slow  # hundreds of damaged files
 
 
-@pytest.fixture
-def by_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files are treated as large ones are: header, index and pages are fetched on their own."""
+def treat_as_large(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
+    """Small files are treated as large ones are: header, index and pages are fetched on their own.
+
+    Of a remote store increments too, and they are verified right after that ("near"), or a moment later ("far").
+    """
+    if store != "local":
+        monkeypatch.setattr(LocalStore, "parallel", 4)
+        monkeypatch.setattr(layers, "QUICK_FILE", 100)
+        monkeypatch.setattr(opening, "FAR", -1.0 if store == "far" else SECONDS)
     monkeypatch.setattr(layers, "KEEP_FILE", 100)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
     monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
     monkeypatch.setattr(layers, "_TAIL", 200)
+
+
+@pytest.fixture(params=["local", "near", "far"])
+def by_ranges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    treat_as_large(monkeypatch, request.param)
+
+
+@contextlib.contextmanager
+def verified(url: str) -> Iterator[None]:
+    """The replica at `url` is open, and all its increments have been verified."""
+    try:
+        replica = acquire(url, Options(**STILL))  # type: ignore[arg-type]
+    except LazyReplicaError:
+        yield  # who opens it next gets that error as well
+        return
+    try:
+        deadline = time.monotonic() + SECONDS
+        while replica.layers._unverified:
+            assert time.monotonic() < deadline, "not verified"
+            time.sleep(0.001)
+        yield
+    finally:
+        release(replica)
 
 
 def sample(bits: Iterable[int], count: int) -> list[int]:
@@ -82,6 +112,8 @@ def outcome(url: str, right: list[tuple[object, ...]]) -> str:
         rows = read(url)
     except apsw.Error as exc:
         assert isinstance(exc, LazyReplicaError | apsw.CorruptError), f"{type(exc).__mro__}: {exc}"
+        if isinstance(exc, LTXError):
+            assert ".ltx" in str(exc) and url in str(exc), f"which file of which replica? {exc}"
         # SQLite's own "malformed" is an honest answer, if not a good one
         return type(exc).__name__
     finally:
@@ -89,12 +121,24 @@ def outcome(url: str, right: list[tuple[object, ...]]) -> str:
     return "right" if rows == right else "WRONG"
 
 
-def outcomes(replica: Path, history: History, txid: int, bits: Iterable[int]) -> Counter[str]:
-    url = history.write(replica)
+def outcomes(
+    replica: Path,
+    history: History,
+    txid: int,
+    bits: Iterable[int],
+    files: tuple[int, ...] = (1, 2, 3),
+    once: Callable[[str], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Counter[str]:
+    """What reading all rows came to, for each bit of `txid`'s file; `files` (of those TXIDs) make up the replica.
+
+    `once`: what to wait for before.
+    """
+    url = history.write(replica, *files)
     found: Counter[str] = Counter()
     for bit in bits:
         put(replica, 0, txid, txid, flipped(history.files[txid - 1], bit))
-        kind = outcome(url, history.rows[2])
+        with once(url):
+            kind = outcome(url, history.rows[files[-1] - 1])
         assert kind != "WRONG", f"bit {bit} of TXID {txid} flipped: other rows came out"
         found[kind] += 1
     return found
@@ -134,8 +178,33 @@ def test_no_flipped_bit_of_a_large_file_gives_wrong_rows_thoroughly(
 
 @pytest.mark.usefixtures("by_ranges")
 def test_flipped_bits_in_a_large_snapshots_index_are_refused(replica: Path, history: History) -> None:
-    found = outcomes(replica, history, 1, sample(index_bits(history.files[0]), 120))
+    """It is read when a page is needed: here all are."""
+    found = outcomes(replica, history, 1, sample(index_bits(history.files[0]), 120), files=(1,))
     assert found["LTXError"] > 100
+
+
+@pytest.mark.usefixtures("by_ranges")
+def test_flipped_bits_in_a_large_snapshots_index_give_no_wrong_rows_under_newer_files(
+    replica: Path, history: History
+) -> None:
+    """The rows' pages are in newer files, and what is damaged may be not needed at all."""
+    found = outcomes(replica, history, 1, sample(index_bits(history.files[0]), 120))
+    assert set(found) <= {"LTXError", "right"}
+
+
+@pytest.mark.usefixtures("by_ranges")
+def test_flipped_bits_in_an_index_that_is_read_in_pieces_give_no_wrong_rows(replica: Path, tmp_path: Path) -> None:
+    """Only damage near the entries of the pages that are read is met: whoever meets it gets an error."""
+    history = make_history(tmp_path, page_size=512, rows=25000)
+    data = history.files[0]
+    index = decode_file(data).index
+    assert len(index_bits(data)) > 3 * 8 * BLOCK_SIZE
+    found = outcomes(replica, history, 1, sample(index_bits(data), 60), files=(1,))
+    assert set(found) <= {"LTXError", "right"}
+    # Of the table's pages, which come before those of SQL's index, all are read.
+    begin = index.offsets[-1] + 6
+    found = outcomes(replica, history, 1, sample(range(begin * 8, (begin + BLOCK_SIZE) * 8), 60), files=(1,))
+    assert found["LTXError"] > 50
 
 
 @pytest.mark.usefixtures("by_ranges")
@@ -144,29 +213,41 @@ def test_flipped_bits_in_a_large_increments_index_show_no_older_page(
     replica: Path, history: History, txid: int
 ) -> None:
     """A page number that changed to another one hides a page, and an older version of it must not come instead."""
-    outcomes(replica, history, txid, index_bits(history.files[txid - 1]))
+    outcomes(replica, history, txid, index_bits(history.files[txid - 1]), once=verified)
 
 
-@pytest.mark.usefixtures("by_ranges")
-def test_an_increment_whose_index_names_another_page_shows_no_older_page(replica: Path, history: History) -> None:
-    data = history.files[2]
+def with_another_page_number(data: bytes) -> bytes:
+    """An increment in whose index one page's number became the next one, which the file does not hold.
+
+    So the numbers still ascend, within the database, and only the file's checksum tells.
+    """
     decoded = decode_file(data)
     index = decoded.index
-    # One page's number becomes the next one, which the file does not hold: still ascending, within the database.
     free = next(pgno + 1 for pgno in index.pgnos if 1 < pgno < decoded.header.commit and index.get(pgno + 1) is None)
     entries = [(pgno + (pgno + 1 == free), offset, size) for pgno, offset, size in index.frames(0, len(index))]
     damaged = data[: index.offsets[-1] + 6] + encode_index(entries) + data[-16:]
     assert len(damaged) == len(data)
     with pytest.raises(LTXError):
         decode_file(damaged)
-    url = history.write(replica)
-    put(replica, 0, 3, 3, damaged)
+    return damaged
+
+
+def wrong_rows(url: str, history: History) -> list[int]:
+    """The rows that are wrong, each asked for alone: where that is an error, none came."""
     wrong = []
     for row in history.rows[2]:
         with contextlib.suppress(LTXError), opened(url, **STILL) as connection:
             if connection.execute("SELECT * FROM t WHERE id = ?", row[:1]).fetchall() != [row]:
                 wrong.append(row[0])
-    assert not wrong
+    return wrong
+
+
+@pytest.mark.usefixtures("by_ranges")
+def test_an_increment_whose_index_names_another_page_shows_no_older_page(replica: Path, history: History) -> None:
+    url = history.write(replica)
+    put(replica, 0, 3, 3, with_another_page_number(history.files[2]))
+    with verified(url):
+        assert not wrong_rows(url, history)
 
 
 @pytest.mark.usefixtures("by_ranges")
@@ -307,13 +388,13 @@ def test_garbage_of_all_sizes_is_an_error(replica: Path, history: History) -> No
         failure(url, LTXError)
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("large", ["", "local", "near", "far"])
 @pytest.mark.parametrize("place", [(0, 2, 2), (1, 1, 2), (9, 1, 3)])
 def test_a_file_whose_name_and_header_disagree_is_an_error(
-    replica: Path, history: History, place: tuple[int, int, int], large: bool, request: pytest.FixtureRequest
+    replica: Path, history: History, place: tuple[int, int, int], large: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if large:
-        request.getfixturevalue("by_ranges")
+        treat_as_large(monkeypatch, large)
     url = history.write(replica)
     source = 2 if place == (0, 2, 2) else 0  # 3-3 under the name 2-2, or 1-1 under that of a longer file
     path = put(replica, *place, history.files[source])

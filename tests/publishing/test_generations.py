@@ -127,6 +127,7 @@ def both_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if request.param == "large files":
         monkeypatch.setattr(layers, "KEEP_FILE", 1000)
         monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
+        monkeypatch.setattr(layers, "PASSING_TOTAL", 0)
         monkeypatch.setattr(layers, "_TAIL", 500)
 
 

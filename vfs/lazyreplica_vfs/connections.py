@@ -19,9 +19,16 @@ def connect(url: str, **options: object) -> apsw.Connection:
     """
     Options().updated(options, "connect()")
     name = url.partition("?")[0].rstrip("/").rpartition("/")[2] or "replica"
-    given = {key: str(value) for key, value in options.items() if value is not None}
+    given = {key: _text(value) for key, value in options.items() if value is not None}
     query = urlencode({"vfs": "litestream", "replica_url": url, **given}, quote_via=quote)
     return apsw.Connection(f"file:{quote(name)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+
+
+def _text(value: object) -> str:
+    """An option's value as a URI parameter."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return ",".join(sorted(map(str, value))) or "none"
+    return str(value)
 
 
 def refresh(connection: apsw.Connection, schema: str = "main") -> str:

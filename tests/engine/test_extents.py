@@ -1,0 +1,333 @@
+"""`Extents` against a model that remembers everything, and from many threads."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from lazyreplica.extents import Extent, Extents, State
+
+TOTAL = 1_000_000
+GRANULE = 256 << 10
+T = TypeVar("T")
+
+numbers = st.integers(1, 3)
+starts = st.one_of(
+    st.integers(0, 1_200_000), st.builds(lambda n, off: n * GRANULE + off, st.integers(1, 4), st.integers(-3, 3))
+)
+sizes = st.one_of(st.integers(1, 1000), st.integers(1, 400_000))
+
+
+def content(number: int, start: int, size: int) -> bytes:
+    return ((number + start) % 256).to_bytes(1) * size
+
+
+class Machine(RuleBasedStateMachine):
+    """Of stretches the model is a list, oldest first; of whole files one as well, least recently used first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extents = Extents(TOTAL, TOTAL)
+        self.live: list[Extent] = []
+        self.gone: list[Extent] = []
+        self.whole: list[tuple[int, bytes]] = []
+
+    def some(self, which: int, *states: State) -> Extent | None:
+        found = [extent for extent in self.live if extent.state in states]
+        return found[which % len(found)] if found else None
+
+    def forget(self, extent: Extent, was: State) -> None:
+        self.live.remove(extent)
+        self.gone.append(extent)
+        assert extent.state is (State.HERE if was is State.HERE else State.FAILED)
+
+    def make_room(self, newest: Extent) -> None:
+        """The oldest that is here goes first; what is under way stays, and so does what has just come."""
+        for extent in list(self.live):
+            if sum(map(len, self.live)) <= TOTAL:
+                return
+            if extent.state is State.HERE and extent is not newest:
+                self.live.remove(extent)
+                self.gone.append(extent)
+
+    @rule(number=numbers, start=starts, size=sizes, before=st.integers(0, 500), after=st.integers(0, 500))
+    def begin(self, number: int, start: int, size: int, before: int, after: int) -> None:
+        inner, outer = (start, start + size), (max(0, start - before), start + size + after)
+        room = self.extents.room
+        extent, new = self.extents.begin(number, *outer, State.WAITING, inner)
+        covering = [e for e in self.live if e.number == number and e.start <= inner[0] and inner[1] <= e.end]
+        assert new == (not covering)
+        if new:
+            assert (extent.number, extent.start, extent.end, extent.state) == (number, *outer, State.WAITING)
+            assert not extent.arrived.is_set()
+            assert self.extents.room == room - len(extent)
+            self.live.append(extent)
+        else:
+            assert extent in covering
+            assert self.extents.room == room
+
+    @rule(which=st.integers(0))
+    def claim(self, which: int) -> None:
+        extent = self.some(which, *State)
+        if extent is not None:
+            waiting = extent.state is State.WAITING
+            assert self.extents.claim(extent) == waiting
+            assert not self.extents.claim(extent), "only once"
+
+    @rule(which=st.integers(0))
+    def finish(self, which: int) -> None:
+        extent = self.some(which, State.FLYING)
+        if extent is not None:
+            room = self.extents.room
+            data = content(extent.number, extent.start, len(extent))
+            self.extents.finish(extent, data)
+            assert (extent.state, extent.data) == (State.HERE, data)
+            assert extent.arrived.is_set()
+            assert self.extents.room == room + len(extent)
+            self.make_room(extent)
+
+    @rule(which=st.integers(0))
+    def fail(self, which: int) -> None:
+        extent = self.some(which, State.WAITING, State.FLYING)
+        if extent is not None:
+            room = self.extents.room
+            self.extents.fail(extent)
+            assert extent.arrived.is_set()
+            assert self.extents.room == room + len(extent)
+            assert not extent.data
+            self.forget(extent, State.FLYING)
+
+    @rule(which=st.integers(0), finish=st.booleans())
+    def end_what_was_forgotten_meanwhile(self, which: int, finish: bool) -> None:
+        if self.gone:
+            extent = self.gone[which % len(self.gone)]
+            state, room = extent.state, self.extents.room
+            if finish:
+                self.extents.finish(extent, bytes(len(extent)))
+            else:
+                self.extents.fail(extent)
+            self.extents.discard(extent)
+            assert not self.extents.claim(extent)
+            assert (extent.state, self.extents.room) == (state, room)
+            assert extent.arrived.is_set()
+
+    @rule(which=st.integers(0))
+    def discard(self, which: int) -> None:
+        extent = self.some(which, State.HERE)
+        if extent is not None:
+            data = extent.data
+            self.extents.discard(extent)
+            self.forget(extent, State.HERE)
+            assert extent.data is data, "who has found it goes on reading"
+
+    @rule(number=numbers, start=starts, size=st.one_of(sizes, st.sampled_from([0, TOTAL, TOTAL + 1])))
+    def add(self, number: int, start: int, size: int) -> None:
+        before = set(self.extents._passing)
+        self.extents.add(number, start, content(number, start, size))
+        new = set(self.extents._passing) - before
+        assert len(new) == (1 if 0 < size <= TOTAL else 0)
+        for extent in new:
+            assert (extent.state, len(extent), len(extent.data)) == (State.HERE, size, size)
+            self.live.append(extent)
+            self.make_room(extent)
+
+    @rule(number=numbers)
+    def drop(self, number: int) -> None:
+        self.extents.drop(number)
+        for extent in [extent for extent in self.live if extent.number == number]:
+            self.live.remove(extent)
+            self.gone.append(extent)
+            assert extent.arrived.is_set() or extent.state is State.HERE
+            assert extent.state in (State.HERE, State.FAILED)
+        self.whole = [(n, data) for n, data in self.whole if n != number]
+
+    @rule(number=st.integers(1, 8), size=st.one_of(sizes, st.sampled_from([TOTAL, TOTAL + 1])))
+    def keep_whole(self, number: int, size: int) -> None:
+        data = content(number, 0, size)
+        self.extents.keep_whole(number, data)
+        if size <= TOTAL and number not in dict(self.whole):
+            self.whole.append((number, data))
+            while sum(len(each) for _, each in self.whole) > TOTAL:
+                self.whole.pop(0)
+
+    @rule(number=st.integers(1, 8))
+    def look_up_whole(self, number: int) -> None:
+        found = self.extents.whole(number)
+        assert found == dict(self.whole).get(number)
+        self.whole.sort(key=lambda each: each[0] == number)  # used: last in line
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0), skip=st.integers(0, 300), cut=st.integers(0, 300))
+    def find(self, which: int, skip: int, cut: int) -> None:
+        extent = self.live[which % len(self.live)]
+        start, end = extent.start + skip, extent.end - cut
+        if start < end:
+            found = self.extents.find(extent.number, start, end)
+            assert found in self.live
+            assert found.number == extent.number
+            assert found.start <= start < end <= found.end
+        assert self.extents.find(9, extent.start, extent.end) is None
+
+    @invariant()
+    def the_books_are_right(self) -> None:
+        extents = self.extents
+        assert list(extents._passing) == self.live
+        assert extents._passing_size == sum(map(len, self.live))
+        flying = [extent for extent in self.live if extent.state in (State.WAITING, State.FLYING)]
+        assert extents._flying_size == sum(map(len, flying))
+        assert extents.room <= TOTAL - extents._flying_size
+        placed = {(key, extent) for key, each in extents._places.items() for extent in each}
+        assert all(extents._places.values()), "no empty lists stay behind"
+        assert placed == {
+            ((extent.number, n), extent)
+            for extent in self.live
+            for n in range(extent.start // GRANULE, (extent.end - 1) // GRANULE + 1)
+        }
+        assert extents._whole_size == sum(len(data) for _, data in self.whole) <= TOTAL
+        assert dict(extents._whole) == dict(self.whole)
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        here = [len(extent) for extent in self.live if extent.state is State.HERE]
+        assert sum(here) <= TOTAL
+
+
+TestExtents = Machine.TestCase
+TestExtents.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_a_stretch_is_found_from_any_piece_of_it() -> None:
+    extents = Extents(0, 10 * GRANULE)
+    extent, _ = extents.begin(1, 100, 3 * GRANULE + 100, State.WAITING, (100, 200))
+    for start in range(100, 3 * GRANULE + 100, 10_007):
+        assert extents.find(1, start, start + 50) is extent or start + 50 > extent.end
+    assert extents.find(1, 99, 150) is None
+    assert extents.find(1, 3 * GRANULE, 3 * GRANULE + 101) is None
+    assert extents.find(2, 100, 200) is None
+
+
+def test_what_was_used_goes_before_what_was_read_ahead() -> None:
+    extents = Extents(0, 1000)
+    for start in range(0, 1000, 250):
+        extents.add(1, start, bytes(250))
+    extents.add(1, 5000, bytes(100))
+    assert [bool(extents.find(1, start, start + 10)) for start in (0, 250, 500, 750, 5000)] == [False] + [True] * 4
+
+
+def test_with_no_room_at_all_a_demand_read_still_gets_its_bytes() -> None:
+    extents = Extents(0, 0)
+    assert extents.room <= 0
+    extent, new = extents.begin(1, 0, 500, State.WAITING, (0, 500))
+    assert new
+    assert extents.claim(extent)
+    extents.finish(extent, bytes(500))
+    assert (extent.state, len(extent.data)) == (State.HERE, 500)
+    extents.add(1, 700, b"x")
+    assert extents.find(1, 700, 701) is None
+    other, _ = extents.begin(1, 900, 950, State.WAITING, (900, 950))
+    extents.claim(other)
+    extents.finish(other, bytes(50))
+    assert extents._passing_size == 50, "only the newest stays"
+
+
+# -- threads --
+
+
+def at_once(count: int, work: Callable[[int], T]) -> list[T]:
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> T:
+        barrier.wait(5)
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return [each.result() for each in [pool.submit(run, number) for number in range(count)]]
+
+
+def test_of_many_claimers_one_wins() -> None:
+    extents = Extents(0, TOTAL)
+
+    def claim(extent: Extent, number: int) -> bool:
+        return extents.claim(extent)
+
+    for start in range(0, 50_000, 1000):
+        extent, _ = extents.begin(1, start, start + 1000, State.WAITING, (start, start + 10))
+        assert sorted(at_once(6, partial(claim, extent))) == [False] * 5 + [True]
+
+
+def test_of_many_who_begin_one_does() -> None:
+    extents = Extents(0, TOTAL)
+
+    def begin(start: int, number: int) -> tuple[Extent, bool]:
+        return extents.begin(1, start, start + 500 + number, State.WAITING, (start + 5, start + 10))
+
+    for start in range(0, 50_000, 1000):
+        found = at_once(6, partial(begin, start))
+        assert sum(is_new for _, is_new in found) == 1
+        assert len({each for each, _ in found}) == 1
+
+
+def test_who_waits_is_woken_by_the_bytes_and_by_a_failure() -> None:
+    extents = Extents(0, TOTAL)
+    ends: list[Callable[[Extent], None]] = [
+        lambda extent: extents.finish(extent, bytes(len(extent))),
+        extents.fail,
+        lambda extent: extents.drop(extent.number),
+    ]
+    for number, end in enumerate(ends):
+        extent, _ = extents.begin(number, 0, 100, State.WAITING, (0, 100))
+        extents.claim(extent)
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(extent.arrived.wait, 5) for _ in range(3)]
+            end(extent)
+            assert all(each.result() for each in waiting)
+        assert len(extent.data) == (100 if number == 0 else 0)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None:
+    extents = Extents(50_000, 100_000)
+    bad: list[Extent] = []
+
+    def work(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        for _ in range(400):
+            layer, start = rng.randrange(1, 4), rng.randrange(0, 600_000)
+            extent, _ = extents.begin(layer, start, start + rng.randrange(1, 20_000), State.WAITING, (start, start + 1))
+            if extents.claim(extent):
+                if rng.random() < 0.2:
+                    extents.fail(extent)
+                else:
+                    extents.finish(extent, layer.to_bytes(1) * len(extent))
+            if extent.state is State.HERE and extent.data != layer.to_bytes(1) * len(extent):
+                bad.append(extent)
+            match rng.randrange(12):
+                case 0:
+                    extents.drop(layer)
+                case 1:
+                    extents.discard(extent)
+                case 2:
+                    extents.add(layer, start, layer.to_bytes(1) * 500)
+                case 3:
+                    extents.keep_whole(layer, layer.to_bytes(1) * 30_000)
+                case 4:
+                    whole = extents.whole(layer)
+                    assert whole is None or whole == layer.to_bytes(1) * 30_000
+                case _:
+                    extents.find(layer, start, start + 5)
+
+    at_once(5, work)
+    assert not bad
+    assert extents._flying_size == 0
+    assert extents._passing_size == sum(map(len, extents._passing)) <= 100_000
+    assert {extent for each in extents._places.values() for extent in each} == set(extents._passing)
+    assert extents._whole_size == sum(map(len, extents._whole.values())) <= 50_000
