@@ -193,8 +193,11 @@ def test_flipped_bits_in_a_large_snapshots_index_give_no_wrong_rows_under_newer_
 
 
 @pytest.mark.usefixtures("by_ranges")
-def test_flipped_bits_in_an_index_that_is_read_in_pieces_give_no_wrong_rows(replica: Path, tmp_path: Path) -> None:
+def test_flipped_bits_in_an_index_that_is_read_in_pieces_give_no_wrong_rows(
+    replica: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Only damage near the entries of the pages that are read is met: whoever meets it gets an error."""
+    monkeypatch.setattr(layers, "PASSING_TOTAL", 10 << 20)
     history = make_history(tmp_path, page_size=512, rows=25000)
     data = history.files[0]
     index = decode_file(data).index

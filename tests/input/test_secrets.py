@@ -94,6 +94,7 @@ def test_a_secret_in_the_environments_url_is_not_shown(monkeypatch: pytest.Monke
         assert_clean(outcome_of(lambda: apsw.Connection("file:app.db?vfs=litestream", flags=65)))
 
 
+@pytest.mark.slow
 def test_no_failure_shows_the_credentials(rclone: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)  # the HTTP library's own records as well
     bucket = rclone.new_bucket()
