@@ -44,6 +44,7 @@ class SilentStore(SpyStore):
         super().close()
 
 
+@pytest.mark.slow
 def test_a_local_replica_is_read_without_waiting_for_a_silent_store(directory: ReplicaDirectory) -> None:
     history, _ = start(directory.path, 20)
     store = SilentStore(directory.url)

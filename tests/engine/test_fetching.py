@@ -449,6 +449,7 @@ def test_who_joins_makes_a_request_of_its_own_before_read_timeout(directory: Rep
         assert not under_way_bytes(replica)
 
 
+@pytest.mark.slow
 def test_who_joins_waits_two_seconds_at_most(directory: ReplicaDirectory) -> None:
     history, _ = start(directory.path)
     store = StuckStore(directory.url)
@@ -580,6 +581,7 @@ def test_a_page_that_was_read_before_the_damage_was_found_is_not_shown_again(
 
 
 # Regression (layers.py, `verify`): the file counts as verified before it is read, and nobody tries again.
+@pytest.mark.slow
 def test_an_increment_that_could_not_be_verified_at_first_is_verified_later(
     directory: ReplicaDirectory, verified_later: SpyStore
 ) -> None:

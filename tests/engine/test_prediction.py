@@ -31,6 +31,8 @@ from lazyreplica.storage import StoredFile
 
 AHEAD_THREAD = "lazyreplica-readahead"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _as_if_far_away(monkeypatch: pytest.MonkeyPatch) -> None:

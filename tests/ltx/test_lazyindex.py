@@ -231,6 +231,7 @@ def test_the_largest_database(page_size: int) -> None:
 # -- few reads, little memory
 
 
+@pytest.mark.slow
 def test_reads_for_ten_gigabytes(ten_gigabytes: Region) -> None:
     file, choose = ten_gigabytes, random.Random(3)
     cold = [file.check(file.open(), [choose.randrange(2_600_000)])[0] for _ in range(150)]
@@ -303,6 +304,7 @@ def test_preload_of_the_tail(ten_gigabytes: Region) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(options, st.lists(st.tuples(st.integers(-300, 16_000), st.integers(0, 16_000)), max_size=4), seeds)
+@pytest.mark.slow
 def test_preload_of_any_part(
     small: Region, options: dict[str, int], parts: list[tuple[int, int]], order: random.Random
 ) -> None:
