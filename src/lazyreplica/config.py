@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import re
@@ -20,6 +21,7 @@ ENVIRONMENT = {
     "hydrate": "LITESTREAM_HYDRATION_ENABLED",
     "hydrate_max": "LITESTREAM_HYDRATION_MAX",
     "hydration_path": "LITESTREAM_HYDRATION_PATH",
+    "cache_dir": "LITESTREAM_CACHE_DIR",
     "cache_size": "LITESTREAM_CACHE_SIZE",
     "poll_interval": "LITESTREAM_POLL_INTERVAL",
     "max_staleness": "LITESTREAM_MAX_STALENESS",
@@ -44,7 +46,10 @@ class Options:
     hydrate_max: int | None = None
     """Bytes. None: the smaller of 1 GiB and a quarter of the free space."""
     hydration_path: str | None = None
-    """Where the local copy appears. None: a private temporary file, gone at close."""
+    """Where the local copy appears: shared by all processes that name it, and kept. None: see `cache_dir`."""
+    cache_dir: str | None = None
+    """A directory for the local copies of many replicas, each under a name made of its URL; as `hydration_path` else.
+    None as well: a private temporary file, gone at close."""
     cache_size: int = 32 * MIB
     """Bytes of pages kept in memory, shared by all connections to the replica."""
     poll_interval: float = 1.0
@@ -85,6 +90,13 @@ class Options:
             self.hydration_path,
             "the path of a file",
         )
+
+    def local_path(self, url: str) -> str | None:
+        """Where the local copy of the replica at the canonical `url` appears; None: in a private temporary file."""
+        if self.hydration_path is not None or self.cache_dir is None:
+            return self.hydration_path
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", url.partition("?")[0].rstrip("/").rpartition("/")[2])[:80] or "replica"
+        return str(Path(self.cache_dir) / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}.db")
 
     @property
     def staleness_limit(self) -> float:
@@ -146,7 +158,7 @@ def _parse(name: str, value: object, source: str) -> object:
         return _parse_bool(value, source)
     if name in ("hydrate_max", "cache_size"):
         return _parse_size(value, source)
-    if name == "hydration_path":
+    if name in ("hydration_path", "cache_dir"):
         if not isinstance(value, str | os.PathLike):
             raise ConfigError(f"{source}: {value!r} is not a path")
         return os.fspath(value)

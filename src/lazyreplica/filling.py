@@ -1,4 +1,4 @@
-"""Fills one local copy from a store: which pages of a snapshot are missing, and where their bytes are now.
+"""Brings pages from a store into a local copy: which are missing, and where their bytes are now.
 
 Files are read whole and in order where most of a file is wanted: its own checksum is verified as it passes. Else by
 ranges, neighbours together.
@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from lazyreplica.errors import FileVanished, LTXError
 from lazyreplica.fetcher import Fetcher
 from lazyreplica.head import Head
 from lazyreplica.layers import Layers
-from lazyreplica.localcopy import LocalCopy
+from lazyreplica.local.base import Base
+from lazyreplica.local.copy import LocalCopy
 from lazyreplica.ltx.decoder import StreamDecoder
 from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
@@ -31,30 +31,50 @@ CHUNK = 4 << 20
 _GAP = 64 << 10
 """Two wanted frames closer than this many bytes are one range: bytes are cheaper than a round trip."""
 _YIELD = 0.005
+_RUN = 256
+"""Pages that are written with one system call, at most."""
 
 
-class Outcome(Enum):
-    """How an attempt to make a snapshot local ended."""
-
-    COMPLETE = auto()
-    AGAIN = auto()
-    """Look at the head again: it has moved on, or we were asked to stop."""
-    FULL = auto()
-    """The log has no room until old readers end."""
+class Stopped(Exception):
+    """The work was ended between two requests."""
 
 
-@dataclass(slots=True)
-class Progress:
-    """How far a local copy is."""
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Pages that are to come out of one file."""
 
-    finished: set[int] = field(default_factory=set)
-    """Numbers of layers whose pages, as far as they are anybody's newest version, are local."""
-    verified: bool = False
-    """Whether every page was looked at once."""
+    layer: Layer
+    pgnos: list[int]
+
+
+def share_out(snapshot: Snapshot, missing: Iterable[int]) -> list[Wanted]:
+    """Which file each of the missing pages of `snapshot` comes from; the base first.
+
+    Raises `ReplicaDamaged` when a page is in no file.
+    """
+    flags = bytearray(snapshot.commit + 1)
+    for pgno in missing:
+        flags[pgno] = 1
+    base, *increments = snapshot.pages.layers()
+    found = []
+    for layer in sorted(increments, key=lambda layer: layer.max_txid, reverse=True):
+        pgnos = [pgno for pgno in layer.index.pgnos if pgno <= snapshot.commit and flags[pgno]]
+        for pgno in pgnos:
+            flags[pgno] = 0
+        if pgnos:
+            found.append(Wanted(layer, pgnos))
+    rest = []
+    at = flags.find(1)
+    while at >= 0:
+        rest.append(at)
+        at = flags.find(1, at + 1)
+    if rest and rest[-1] > base.header.commit:
+        snapshot.owner(rest[-1])  # raises: no file has it
+    return ([Wanted(base, rest)] if rest else []) + found[::-1]
 
 
 class Filler:
-    """Brings pages from a store into a local copy. Used by one thread."""
+    """Reads pages from a store for a local copy. Used by one thread."""
 
     def __init__(
         self,
@@ -75,95 +95,71 @@ class Filler:
         self._stop = stop
         self._timeout = timeout
 
-    def fill(self, snapshot: Snapshot, copy: LocalCopy, progress: Progress) -> Outcome:
-        """Make every page of `snapshot` local.
+    def fill(self, snapshot: Snapshot, copy: LocalCopy, wanted: Wanted) -> None:
+        """Write those pages into the base of `copy`, whose newest state `snapshot` is.
 
-        Raises `StoreError`, `LTXError`, `SnapshotGone`, `ReplicaDamaged` when a page is in no file, `OSError`.
+        Raises `Stopped`, `StoreError`, `LTXError`, `SnapshotGone`, `OSError`.
         """
-        for layer in snapshot.pages.layers():
-            if layer.number not in progress.finished:
-                outcome = self._fill_layer(snapshot, layer, copy)
-                if outcome is not Outcome.COMPLETE:
-                    return outcome
-                progress.finished.add(layer.number)
-        if progress.verified:
-            return Outcome.COMPLETE
-        # Look at every page once, so that 100 % is a fact, and a page that no file holds is reported.
-        progress.verified = True
-        for pgno in range(1, snapshot.commit + 1):
-            if pgno != snapshot.lock_pgno:
-                layer = snapshot.owner(pgno)
-                if not copy.has(pgno, layer.number):
-                    progress.finished.discard(layer.number)
-                    progress.verified = False
-        return Outcome.COMPLETE if progress.verified else Outcome.AGAIN
-
-    def _fill_layer(self, snapshot: Snapshot, layer: Layer, copy: LocalCopy) -> Outcome:
-        wanted = [
-            pgno
-            for pgno in layer.index.pgnos
-            if pgno <= snapshot.commit and snapshot.pages.owner(pgno) is layer and not copy.has(pgno, layer.number)
-        ]
-        if not wanted:
-            return Outcome.COMPLETE
+        layer = wanted.layer
         try:
-            room = self._bring(layer, wanted, copy)
+            kept = self._layers.kept(layer)
+            if kept is not None:
+                write(copy.base, pages_of(kept, layer, wanted.pgnos))
+            elif 2 * len(wanted.pgnos) < len(layer.index):
+                self._read_ranges(layer, wanted.pgnos, copy.base)
+            else:
+                self._fill_whole(layer, wanted.pgnos, copy.base)
         except FileVanished as exc:
             log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
-            return self._bring_relocated(snapshot, layer, wanted, copy)
-        return self._outcome(snapshot, room)
+            self._fill_relocated(snapshot, wanted, copy)
 
-    def _outcome(self, snapshot: Snapshot, room: bool) -> Outcome:
-        if self._stop.is_set() or self._head.current.lineage.number != snapshot.lineage.number:
-            return Outcome.AGAIN
-        return Outcome.COMPLETE if room else Outcome.FULL
+    def pages(self, layer: Layer) -> Iterator[tuple[int, bytes]]:
+        """All pages of a file, in order, verified when the iterator ends.
 
-    def _bring(self, layer: Layer, wanted: list[int], copy: LocalCopy) -> bool:
+        Raises `Stopped`, `StoreError`, `LTXError` when the file is not what its checksum says.
+        """
         kept = self._layers.kept(layer)
         if kept is not None:
-            return copy.write(layer, pages_of(kept, layer, wanted))
-        if 2 * len(wanted) < len(layer.index):
-            return self._read_ranges(layer, layer, wanted, copy)
-        try:
-            return self._read_whole(layer, wanted, copy)
-        except LTXError as exc:
-            log.warning("%s is damaged (%s); fetching it again", layer, exc)
-        copy.revoke(layer)
-        try:
-            return self._read_whole(layer, wanted, copy)
-        except LTXError as exc:
-            copy.revoke(layer)
-            self._fetcher.distrust(layer, str(exc))
-            raise LTXError(f"{layer} of {self._store.url} is damaged: {exc}") from exc
-
-    def _read_whole(self, layer: Layer, wanted: list[int], copy: LocalCopy) -> bool:
-        """Read the whole file in order, and verify its checksum on the way."""
+            yield from pages_of(kept, layer, layer.index.pgnos)
+            return
         decoder = StreamDecoder()
-        want = set(wanted)
-        room = True
         for offset in range(0, layer.file.size, CHUNK):
             self._stand_back()
-            if self._stop.is_set():
-                return False
             chunk = self._store.read(layer.file, offset, min(CHUNK, layer.file.size - offset), self._timeout)
-            room &= copy.write(layer, (page for page in decoder.feed(chunk) if page[0] in want))
+            yield from decoder.feed(chunk)
         decoder.close()
-        return room
 
-    def _read_ranges(self, layer: Layer, source: Layer, wanted: list[int], copy: LocalCopy) -> bool:
-        """Read those pages of `layer` from `source`, which holds the same versions, by ranges."""
-        room = True
-        for run in _runs(source, wanted):
+    def _fill_whole(self, layer: Layer, pgnos: list[int], base: Base) -> None:
+        """Read the whole file, and verify its checksum on the way; twice, if need be."""
+        want = bytearray(layer.header.commit + 1)
+        for pgno in pgnos:
+            want[pgno] = 1
+        for last in (False, True):
+            try:
+                write(base, (page for page in self.pages(layer) if want[page[0]]))
+            except LTXError as exc:
+                base.forget(pgnos)
+                if last:
+                    self.distrust(layer, exc)
+                log.warning("%s is damaged (%s); fetching it again", layer, exc)
+            else:
+                return
+
+    def distrust(self, layer: Layer, exc: LTXError) -> None:
+        """None of the file's pages is served any more, from anywhere. Raises `LTXError`."""
+        self._fetcher.distrust(layer, str(exc))
+        raise LTXError(f"{layer} of {self._store.url} is damaged: {exc}") from exc
+
+    def _read_ranges(self, source: Layer, pgnos: list[int], base: Base) -> None:
+        """Read pages out of a file of which most is not wanted."""
+        for run in _runs(source, pgnos):
             self._stand_back()
-            if self._stop.is_set():
-                return False
             try:
                 pages = self._read_run(source, run)
             except LTXError as exc:
                 log.warning("%s gave damaged bytes (%s); fetching them again", source, exc)
                 pages = self._read_run(source, run)
-            room &= copy.write(layer, pages)
-        return room
+            write(base, pages)
 
     def _read_run(self, source: Layer, run: list[tuple[int, int, int]]) -> list[tuple[int, bytes]]:
         base, length = run[0][1], run[-1][1] + run[-1][2] - run[0][1]
@@ -171,21 +167,19 @@ class Filler:
         size = source.header.page_size
         return [(p, decode_frame(data[at - base : at - base + n], p, size)) for p, at, n in run]
 
-    def _bring_relocated(self, snapshot: Snapshot, layer: Layer, wanted: list[int], copy: LocalCopy) -> Outcome:
-        """The layer's file is gone: bring its pages from wherever their versions are now."""
+    def _fill_relocated(self, snapshot: Snapshot, wanted: Wanted, copy: LocalCopy) -> None:
+        """The file is gone: bring its pages from wherever their versions are now."""
         pinned = self._head.pin_current()
         try:
             if pinned is not snapshot:
-                return Outcome.AGAIN  # only of what was pinned as the head are all successors known
+                raise Stopped  # only of what was pinned as the head are all successors known
             sources: dict[int, tuple[Layer, list[int]]] = {}
-            for pgno in wanted:
-                if not copy.has(pgno, layer.number):
-                    source = self._relocator.find(snapshot, pgno, layer)
+            for pgno in wanted.pgnos:
+                if not copy.has(pgno):
+                    source = self._relocator.find(snapshot, pgno, wanted.layer)
                     sources.setdefault(source.number, (source, []))[1].append(pgno)
-            room = True
             for source, pgnos in sources.values():
-                room &= self._read_ranges(layer, source, pgnos, copy)
-            return self._outcome(snapshot, room)
+                self._read_ranges(source, pgnos, copy.base)
         finally:
             self._head.unpin(pinned)
 
@@ -193,10 +187,27 @@ class Filler:
         """Let demand reads go first, for at most a second."""
         for _ in range(200):
             if not self._fetcher.busy or self._stop.wait(_YIELD):
-                return
+                break
+        if self._stop.is_set():
+            raise Stopped
 
 
-def pages_of(data: bytes, layer: Layer, pgnos: Iterable[int]) -> Iterable[tuple[int, bytes]]:
+def write(base: Base, pages: Iterable[tuple[int, bytes]]) -> None:
+    """Write pages into a base, neighbours with one system call. Raises `OSError`, or what `pages` raises."""
+    run: list[bytes] = []
+    first = 0
+    for pgno, page in pages:
+        if run and (pgno != first + len(run) or len(run) >= _RUN):
+            base.write(first, b"".join(run))
+            run = []
+        if not run:
+            first = pgno
+        run.append(page)
+    if run:
+        base.write(first, b"".join(run))
+
+
+def pages_of(data: bytes, layer: Layer, pgnos: Iterable[int]) -> Iterator[tuple[int, bytes]]:
     """Pages of a layer whose file is in memory."""
     view = memoryview(data)
     for pgno in pgnos:

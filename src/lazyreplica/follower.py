@@ -48,14 +48,19 @@ class Follower:
         advance: Advance,
         replace: Replace,
         timeout: float,
+        polled: Callable[[], None] = lambda: None,
     ) -> None:
-        """`listed`: the files of the listing that the head was planned from. `timeout`: seconds for a request."""
+        """`listed`: the files of the listing that the head was planned from. `timeout`: seconds for a request.
+
+        `polled` is called after each successful poll.
+        """
         self._store = store
         self._layers = layers
         self._head = head
         self._advance = advance
         self._replace = replace
         self._timeout = timeout
+        self._polled = polled
         self._lock = threading.Lock()
         self._recorded = set(listed)
         """Files known to belong to the current lineage, as the last listing showed them, and those found since."""
@@ -84,9 +89,11 @@ class Follower:
         """Seconds since the last poll, successful or not, ended."""
         return now() - self._tried_at
 
-    def start(self, interval: float) -> None:
-        """Poll every `interval` seconds in a thread."""
-        self._thread = threading.Thread(target=self._run, args=(interval,), name="lazyreplica-follower", daemon=True)
+    def start(self, interval: float, ours: Callable[[], bool]) -> None:
+        """Every `interval` seconds, in a thread: poll, if it is `ours` to do."""
+        self._thread = threading.Thread(
+            target=self._run, args=(interval, ours), name="lazyreplica-follower", daemon=True
+        )
         self._thread.start()
 
     def stop(self) -> None:
@@ -99,10 +106,12 @@ class Follower:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
-    def _run(self, interval: float) -> None:
+    def _run(self, interval: float, ours: Callable[[], bool]) -> None:
         failing = False
         while not self._stop.wait(interval):
             try:
+                if not ours():
+                    continue
                 self.poll(thorough=self.idle > 2 * interval)  # late: we slept, and the next file may be gone by now
             except LazyReplicaError as exc:
                 if self._stop.is_set():
@@ -137,6 +146,7 @@ class Follower:
             succeeded = False
             self._poll(thorough)
             self._polled_at = now()
+            self._polled()
             succeeded = True
         finally:
             self._failing = not succeeded
@@ -165,6 +175,17 @@ class Follower:
         except LazyReplicaError as exc:
             log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
         return True
+
+    def take(self, find: Callable[[Callable[[Arrival], None]], None], *, wait: bool) -> None:
+        """Apply transactions that are not found by polling: `find` gives each to the function that it is given.
+
+        Does nothing where a poll is under way, unless told to `wait` for its end.
+        """
+        if self._lock.acquire(blocking=wait):
+            try:
+                find(lambda arrival: self._apply(self._head.current, arrival))
+            finally:
+                self._lock.release()
 
     def _poll(self, thorough: bool) -> None:
         for _ in range(_PROBES):

@@ -1,106 +1,295 @@
-"""Background work that makes the replica local, and keeps it so: owner of the local copy and its directory.
+"""Background work of the process that owns a local copy: fill it, keep it at the head, leave it in order.
 
-One thread fills the copy until every page of the head is there. New transactions are handed over by the follower, with
-their bytes, before they become visible.
+Its thread brings every page of the newest state into the base, and folds the log into it from time to time. New
+transactions are handed over by the follower, with their bytes, and are in the log before they become visible.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import deque
 
-from lazyreplica.config import Options
-from lazyreplica.errors import LazyReplicaError, SnapshotGone, StoreError
-from lazyreplica.fetcher import Fetcher
-from lazyreplica.filling import Filler, Outcome, Progress, pages_of
+from lazyreplica.attachment import Attachment
+from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreError
+from lazyreplica.filling import Filler, Stopped, pages_of, share_out
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
-from lazyreplica.localcopy import LocalCopy
-from lazyreplica.relocate import Relocator
+from lazyreplica.local.continuation import Continuation, continuation
+from lazyreplica.local.copy import LocalCopy
+from lazyreplica.local.state import Proof
+from lazyreplica.pagemap import Layer
 from lazyreplica.snapshot import Snapshot
-from lazyreplica.storage import Store
-from lazyreplica.workdir import InUse, WorkDirectory
+from lazyreplica.storage import Store, StoredFile
 
 log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = 5.0
 """Seconds that closing waits for a thread; closing the store has ended its request."""
-_DEFAULT_MAX = 1 << 30
+FOLD_AT = 16 << 20
+"""The log is folded into the base when it has grown beyond this many bytes, and beyond half the base."""
 _RETRY = 5.0
 
 
-@dataclass(slots=True, eq=False)
-class _Filling:
-    """The local copy of one lineage, and how far it is."""
-
-    copy: LocalCopy
-    lineage: int
-    progress: Progress = field(default_factory=Progress)
-    complete: Snapshot | None = None
-    """The newest snapshot whose every page is known to be local."""
-    published: bool = False
-
-
 class Hydrator:
-    """`start` begins; `stop` and then `close` end and remove everything."""
+    """`start` begins; `stop` and then `close` end it. Where another process owns the copy, it waits to take over."""
 
     def __init__(
         self,
         store: Store,
         layers: Layers,
         head: Head,
-        fetcher: Fetcher,
-        relocator: Relocator,
-        options: Options,
-        work: WorkDirectory,
+        filler: Filler,
+        stop: threading.Event,
+        local: Attachment,
+        timeout: float,
     ) -> None:
-        """Owns `work` from here on. Raises `OSError` when the copy cannot be made (a full disk)."""
-        self._url = store.url
+        """Owns `local` from here on. `stop` is the filler's, `timeout` in seconds for a request."""
+        self._store = store
+        self._layers = layers
         self._head = head
-        self._work = work
+        self._filler = filler
+        self._stop = stop
+        self.local = local
+        self._timeout = timeout
         self._wake = threading.Event()
-        self._stop = threading.Event()
-        self._filler = Filler(store, layers, head, fetcher, relocator, self._stop, options.read_timeout)
-        self._guard = threading.RLock()
-        """Held while what is complete is compared with the head, and while the head is changed."""
-        self._filling: _Filling | None = self._begin(head.current)
-        self._thread = threading.Thread(target=self._run, name="lazyreplica-hydrator", daemon=True)
-
-    def _begin(self, snapshot: Snapshot) -> _Filling:
-        return _Filling(LocalCopy(self._work.new_copy(), snapshot.page_size), snapshot.lineage.number)
-
-    @property
-    def copy(self) -> LocalCopy | None:
-        """The local copy, or None once it had to be given up."""
-        filling = self._filling
-        return filling.copy if filling else None
-
-    @property
-    def path(self) -> Path | None:
-        """The database file that is being filled, or where it appears when it is complete."""
-        copy = self.copy
-        return (self._work.published_at or copy.path) if copy else None
+        self._behind: deque[Layer] = deque()
+        """Transactions that became visible before the copy had them."""
+        self._leads_here = local.holds(head.current)
+        """Whether `_behind` leads from the copy's newest state to the head."""
+        self._settled = False
+        """Whether the finished database has had its chance to appear."""
+        self._ended = False
+        """Whether the thread has met what it cannot help."""
+        self._thread: threading.Thread | None = None
 
     @property
     def progress(self) -> float:
-        """0..100; 100.0 exactly when the local file is the current snapshot's database (where it was asked for, too).
-
-        A pinned older snapshot keeps newer pages in the log: local, but not in the file yet.
-        """
-        head, filling = self._head.current, self._filling
-        if filling is None:
-            return 0.0
-        there = filling.published or self._work.published_at is None
-        if filling.complete is head and there and not filling.copy.pending:
+        """0..100; 100.0 exactly when every page of the newest state is here, and the file has appeared, if it can."""
+        if self.local.holds_head and (self._settled or not self.local.owned):
             return 100.0
-        total = max(1, head.commit - (head.lock_pgno <= head.commit))
-        return min(99.9, 100 * filling.copy.present / total)
+        return min(99.9, 100 * self.local.share)
 
     def start(self) -> None:
-        self._thread.start()
+        """Begin, if it is ours to do."""
+        if self.local.owned and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="lazyreplica-hydrator", daemon=True)
+            self._thread.start()
+
+    def take_over(self) -> bool:
+        """Become the owner of the copy if the one before is gone. Cheap when it is not."""
+        try:
+            if not self.local.take_over():
+                return False
+        except OSError as exc:
+            self.local.give_up(exc)
+        self._leads_here = False
+        self.start()
+        return True
+
+    # -- called by whoever moves the head --
+
+    def advance(self, arrival: Arrival, after: Snapshot) -> None:
+        """Make `after`, the head with `arrival` applied, the new head; its pages become local first."""
+        local = self.local
+        with local.guard:
+            copy, layer = local.copy, arrival.layer
+            if copy is not None and local.owned and self._leads_here and not self._ended:
+                if self._behind or copy.txid != self._head.current.txid or arrival.data is None:
+                    self._behind.append(layer)
+                elif copy.txid < layer.max_txid:
+                    try:
+                        copy.append(layer, pages_of(arrival.data, layer, layer.index.pgnos))
+                        local.announce(copy)
+                    except OSError as exc:
+                        local.give_up(exc)
+            self._head.advance(after)
+        self._wake.set()
+
+    def replace(self, after: Snapshot) -> None:
+        """Make `after` the new head, which was not reached link by link."""
+        local = self.local
+        with local.guard:
+            other = after.lineage.number != self._head.current.lineage.number
+            self._head.replace(after)
+            # Until the thread has found how the copy goes on.
+            local.lineage, self._leads_here = None, False
+            self._behind.clear()
+            if other and local.copy is not None and local.owned:
+                self._restart(after)
+        self._wake.set()
+
+    def unpinned(self) -> None:
+        """A read transaction has ended: what it kept out of the base may go in now. Cheap."""
+        copy = self.local.copy
+        if copy is not None and copy.records and self.local.owned:
+            self._wake.set()
+
+    def give_up(self, exc: Exception) -> None:
+        """What is local is wrong, or the disk does not do its part: use it no more."""
+        self.local.give_up(exc)
+
+    # -- the thread --
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            try:
+                if self._step():
+                    self._wake.wait()
+            except Stopped:
+                continue
+            except OSError as exc:
+                self.local.give_up(exc)
+            except (StoreError, SnapshotGone) as exc:
+                if not self._stop.is_set():
+                    log.warning("hydration of %s pauses: %s", self._store.url, exc)
+                    self._stop.wait(_RETRY)
+            except LazyReplicaError as exc:
+                log.error("hydration of %s stops, reads go on from the store: %s", self._store.url, exc)
+                break
+            except Exception:
+                log.exception("hydration of %s failed unexpectedly, reads go on from the store", self._store.url)
+                break
+        self._ended = True
+
+    def _step(self) -> bool:
+        """The next piece of work; True when there is none."""
+        copy, head = self.local.copy, self._head.current
+        if copy is None:
+            return True
+        if not self._leads_here:
+            self._attach(copy)
+        elif self._behind:
+            self._catch_up(copy)
+        elif not self.local.complete:
+            self._fill(copy, head)
+        else:
+            self._tend(copy)
+            return True
+        return False
+
+    def _attach(self, copy: LocalCopy) -> None:
+        """Find out how the head goes on from the copy, or begin another one."""
+        head = self._head.current
+        listed = self._store.list_all(self._timeout).files
+        # What the head was made of was listed too, and leads to it even where a compaction goes beyond.
+        files = {file for file in listed if file.name.max_txid <= head.txid}
+        files.update(layer.file for layer in head.pages.layers())
+        found = continuation(list(copy.proofs), copy.txid, files, self._alike)
+        chain = self._layers.open_chain(found.chain) if found else []
+        with self.local.guard:
+            if self._head.current is not head or self.local.copy is not copy:
+                return
+            if found is None or not _leads_on(found, chain, copy):
+                log.info("the local copy of %s does not lead to its newest state: made anew", self._store.url)
+                self._restart(head)
+                return
+            self.local.lineage, self._leads_here = head.lineage, True
+            self._behind.clear()
+            self._behind.extend(chain)
+
+    def _restart(self, head: Snapshot) -> None:
+        old, self.local.copy = self.local.copy, None
+        self._settled = False
+        self._behind.clear()
+        try:
+            self.local.begin(head)
+            self._leads_here = True
+        except OSError as exc:
+            self.local.copy = old
+            self.local.give_up(exc)
+            return
+        if old is not None:
+            old.remove()
+
+    def _alike(self, file: StoredFile, proof: Proof) -> bool:
+        try:
+            header = self._layers.open(file).header
+        except LazyReplicaError as exc:
+            log.info("%s cannot be read: %s", file, exc)
+            return False
+        return (header.timestamp_ms, header.commit) == (proof.timestamp_ms, proof.commit)
+
+    def _catch_up(self, copy: LocalCopy) -> None:
+        """Append the next transaction that the head has and the copy has not."""
+        layer = self._behind[0]
+        if copy.txid < layer.max_txid:
+            try:
+                self._append(copy, layer)
+            except StoreError:
+                self._leads_here = False  # it may be gone: look for another way
+                raise
+        with self.local.guard:
+            if self._behind and self._behind[0] is layer:
+                self._behind.popleft()
+                if not self._behind and copy.txid < self._head.current.txid:
+                    self._leads_here = False
+
+    def _append(self, copy: LocalCopy, layer: Layer) -> None:
+        for last in (False, True):
+            try:
+                copy.append(layer, self._filler.pages(layer))
+            except LTXError as exc:
+                if last:
+                    self._filler.distrust(layer, exc)
+                log.warning("%s is damaged (%s); fetching it again", layer, exc)
+            else:
+                self.local.announce(copy)
+                return
+
+    def _fill(self, copy: LocalCopy, head: Snapshot) -> None:
+        missing = copy.missing()
+        if not missing:
+            with self.local.guard:
+                if self.local.copy is copy:
+                    self.local.complete = True
+                    log.info("every page of %s is local", self._store.url)
+            return
+        if copy.txid != head.txid or head.lineage is not self.local.lineage:
+            raise Stopped  # the head has moved on in this moment
+        if missing[-1] > copy.base.commit:
+            self._fold(copy)
+        for wanted in share_out(head, missing):
+            self._filler.fill(head, copy, wanted)
+            if self.local.copy is not copy:
+                return
+
+    def _tend(self, copy: LocalCopy) -> None:
+        """Fold the log when it has become long, and let the finished database appear."""
+        long = copy.log.end > max(FOLD_AT, copy.base.commit * copy.base.page_size // 2)
+        directory = self.local.directory
+        unseen = directory.shared and not directory.published
+        if long or (copy.records and (unseen or not copy.base_is_whole)):
+            self._fold(copy)
+        self._publish()
+        self._settled = True
+
+    def _fold(self, copy: LocalCopy) -> None:
+        """Move the log into the base: in place if nobody else uses it, else into a new base beside it."""
+        directory, local = self.local.directory, self.local
+        with directory.alone() as alone:
+            if alone:
+                directory.withdraw()  # while it changes it is no transaction's database
+                with local.guard:
+                    copy.fold(self._head.floor().txid)
+                    local.announce(copy)
+                return
+        if copy.log.end > FOLD_AT:
+            with local.guard:
+                local.copy = copy.beside()
+                local.announce(local.copy)
+            copy.remove()
+
+    def _publish(self) -> None:
+        copy, directory = self.local.copy, self.local.directory
+        if copy is None or not self.local.complete or not directory.shared or directory.published:
+            return
+        if not copy.records and copy.base.trimmed and copy.base_is_whole:
+            copy.base.sync()
+            directory.publish(copy.base.path)
+
+    # -- the end --
 
     def stop(self) -> None:
         """Ask the thread to end. A request under way is ended by closing the store."""
@@ -108,160 +297,42 @@ class Hydrator:
         self._wake.set()
 
     def close(self) -> None:
-        """After `stop`: join the thread and remove the local copy."""
+        """After `stop`: join the thread. A private copy is removed, a shared one left as one database if it can be."""
         # A connection may be closed by the garbage collector, which runs in any thread, this one included.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(JOIN_TIMEOUT)
-        self._filling = None
-        self._work.remove()
+        try:
+            if self.local.directory.shared and self.local.owned and self.local.copy is not None:
+                self._leave(self.local.copy)
+        except OSError as exc:
+            log.warning("the local copy of %s could not be left in order: %s", self._store.url, exc)
+        self.local.close()
+
+    def _leave(self, copy: LocalCopy) -> None:
+        directory = self.local.directory
+        with directory.alone() as alone:
+            if alone:
+                if copy.records:
+                    directory.withdraw()
+                    copy.fold(copy.txid)
+                    self.local.announce(copy)
+                copy.base.trim()
+            copy.base.sync()
+            copy.log.sync()
+            if alone:
+                self._publish()
 
     def abandon(self) -> None:
         """In a forked child: the copy and the thread are the parent's."""
-        self._filling = None
-        self._work.abandon()
-
-    def advance(self, arrival: Arrival, after: Snapshot) -> None:
-        """Make `after`, the head with `arrival` applied, the new head; its pages become local first."""
-        filling = self._filling
-        local = False
-        if filling is not None and arrival.data is not None:
-            layer = arrival.layer
-            pgnos = (pgno for pgno in layer.index.pgnos if pgno <= layer.header.commit)
-            try:
-                local = filling.copy.write(layer, pages_of(arrival.data, layer, pgnos))
-            except OSError as exc:
-                self.give_up(filling.copy, exc)
-        with self._guard:
-            was_complete = filling is not None and filling.complete is self._head.current
-            self._head.advance(after)
-            if local and filling is not None:
-                filling.progress.finished.add(arrival.layer.number)
-                self.settle()  # first, so that the complete file is the head's, unless readers hold it back
-                if was_complete and self._filling is filling:
-                    filling.complete = after
-        self._wake.set()
-
-    def replace(self, after: Snapshot) -> None:
-        """Make `after` the new head, which was not reached link by link."""
-        filling = self._filling
-        if filling is not None and after.lineage.number != filling.lineage:
-            # The thread must find neither the new head with the old copy nor the other way round.
-            self._filling = None
-            self._head.replace(after)
-            self._discard(filling)
-            try:
-                self._filling = self._begin(after)
-            except OSError as exc:
-                self._say_given_up(exc)
-        else:
-            self._head.replace(after)
-        self._wake.set()
-
-    def unpinned(self) -> None:
-        """A read transaction has ended: what it kept out of the file may go in now. Cheap when nothing waits."""
-        filling = self._filling
-        if filling is not None and filling.copy.pending:
-            self._wake.set()
-
-    def give_up(self, copy: LocalCopy, exc: Exception) -> None:
-        """The disk does not do its part, or what is in it is wrong: drop the copy, if it is still in use."""
-        with self._guard:
-            filling = self._filling
-            if filling is None or filling.copy is not copy:
-                return
-            self._filling = None
-        self._say_given_up(exc)
-        self._discard(filling)
-
-    def _say_given_up(self, exc: Exception) -> None:
-        log.warning("the local copy of %s is given up, reads go on from the store: %s", self._url, exc)
-
-    def _discard(self, filling: _Filling) -> None:
-        """Remove a copy's files; who still reads them has them open."""
-        self._work.withdraw()
-        shutil.rmtree(filling.copy.path.parent, ignore_errors=True)
-
-    def settle(self) -> None:
-        """Fold into the file whatever no pinned snapshot keeps out of it; publish it once it is one transaction."""
-        filling = self._filling
-        if filling is None:
-            return
-        try:
-            filling.copy.fold(self._head.floor())
-            if filling.published or filling.complete is not self._head.current or filling.copy.pending:
-                return
-            self._work.publish(filling.copy.path)
-            filling.published = True
-            log.info("%s is local: %s", self._url, self.path)
-        except OSError as exc:
-            self.give_up(filling.copy, exc)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            self._wake.clear()
-            filling, head = self._filling, self._head.current
-            try:
-                if filling is None or filling.lineage != head.lineage.number or filling.complete is head:
-                    self.settle()
-                    self._wake.wait()
-                else:
-                    self._fill(filling, head)
-            except OSError as exc:
-                if filling is not None:
-                    self.give_up(filling.copy, exc)
-            except (StoreError, SnapshotGone) as exc:
-                if not self._stop.is_set():
-                    log.warning("hydration of %s pauses: %s", self._url, exc)
-                    self._stop.wait(_RETRY)
-            except LazyReplicaError as exc:
-                log.error("hydration of %s stops, reads go on from the store: %s", self._url, exc)
-                return
-            except Exception:
-                log.exception("hydration of %s failed unexpectedly, reads go on from the store", self._url)
-                return
-
-    def _fill(self, filling: _Filling, head: Snapshot) -> None:
-        outcome = self._filler.fill(head, filling.copy, filling.progress)
-        if outcome is Outcome.COMPLETE:
-            with self._guard:
-                if self._head.current is head:
-                    filling.complete = head
-                    filling.progress.finished &= {layer.number for layer in head.pages.layers()}
-        elif outcome is Outcome.FULL:
-            self.settle()
-            self._wake.wait(_RETRY)  # until an old reader ends
+        self.local.abandon()
 
 
-def make_work_directory(options: Options, snapshot: Snapshot, url: str) -> WorkDirectory | None:
-    """The directory for the local copy of `snapshot`'s database, or None where it should not or cannot be kept.
-
-    Raises `ConfigError` when `hydration_path` names something that is not ours.
-    """
-    if options.hydrate is False:
-        return None
-    try:
-        try:
-            work = WorkDirectory.open(options.hydration_path)
-        except InUse as exc:
-            log.warning("%s; %s is hydrated into a private temporary file instead", exc, url)
-            work = WorkDirectory.open(None)
-        free = shutil.disk_usage(work.path).free
-    except OSError as exc:
-        log.warning("%s is not hydrated, reads go to the store: %s", url, exc)
-        return None
-    limit = options.hydrate_max
-    if limit is None:
-        limit = min(_DEFAULT_MAX, free // 4) if options.hydrate is None else free
-    if snapshot.size < limit:
-        return work
-    work.remove()
-    if options.hydrate is None:
-        log.info(
-            "%s is not hydrated: %d bytes, hydrate_max is %d; hydrate=true (LITESTREAM_HYDRATION_ENABLED) turns it on",
-            url,
-            snapshot.size,
-            limit,
-        )
-    else:
-        log.warning("%s is not hydrated: it has %d bytes, the limit is %d", url, snapshot.size, limit)
-    return None
+def _leads_on(found: Continuation, chain: list[Layer], copy: LocalCopy) -> bool:
+    """Whether the chain, opened, brings the copy to the head's state, whatever it could have wrong until now."""
+    if not found.chain:
+        return found.proven == copy.txid
+    if found.unproven is None:
+        return False
+    held = {pgno for layer in chain for pgno in layer.index.pgnos} if found.unproven else set()
+    commit = chain[-1].header.commit
+    return all(pgno in held or pgno > commit for pgno in found.unproven)

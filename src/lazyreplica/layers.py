@@ -162,6 +162,10 @@ class Layers:
             raise LTXError(f"{file} of {self._store.url} is damaged: {exc}") from exc
         return Arrival(layer, data)
 
+    def known(self, file: StoredFile, header: Header, index: Index, checksum: int) -> Layer:
+        """The layer of a file that another process has opened."""
+        return self._make(file, header, index, checksum)
+
     def load(self, layer: Layer, start: int, end: int, timeout: float) -> Data:
         """Bytes start <= offset < end of a layer's file."""
         if end - start < _LARGE:
@@ -245,10 +249,13 @@ class Layers:
                 f"{file} of {self._store.url} says in its header that it is {header.name}: "
                 "name and content disagree; the object was renamed or overwritten by something else than Litestream"
             )
+        return self._make(file, header, index, trailer.file_checksum)
+
+    def _make(self, file: StoredFile, header: Header, index: Index, checksum: int) -> Layer:
         with self._lock:
             layer = self._open.get(file)
             if layer is None:
-                layer = self._open[file] = Layer(next(_numbers), file, header, index, trailer.file_checksum)
+                layer = self._open[file] = Layer(next(_numbers), file, header, index, checksum)
         return layer
 
 

@@ -12,7 +12,9 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
+from lazyreplica.attachment import Attachment
 from lazyreplica.cache import PageCache
+from lazyreplica.clock import now
 from lazyreplica.config import Options
 from lazyreplica.crawl import crawl
 from lazyreplica.errors import (
@@ -26,10 +28,13 @@ from lazyreplica.errors import (
     WaitTimeout,
 )
 from lazyreplica.fetcher import Fetcher
+from lazyreplica.filling import Filler
 from lazyreplica.follower import Follower
 from lazyreplica.head import Head
-from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator, make_work_directory
+from lazyreplica.hydration import make_hydrator
+from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator
 from lazyreplica.layers import Arrival, Layers
+from lazyreplica.local.copy import View
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.opening import open_newest
 from lazyreplica.pagemap import Layer
@@ -37,7 +42,7 @@ from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
-from lazyreplica.storage import Store
+from lazyreplica.storage import Store, StoredFile
 from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
@@ -75,6 +80,7 @@ class Replica:
         self._closed = False
         self._closing = threading.Event()
         self._damage: list[_Damage] = []
+        self._hydrator: Hydrator | None = None
         self.layers = Layers(store, options.read_timeout)
         self._readahead = Readahead(min(store.parallel, _READAHEAD))
         try:
@@ -84,14 +90,21 @@ class Replica:
             self._head = Head(snapshot, fixed=not options.poll_interval)
             self._cache = PageCache(options.cache_size)
             self._follower = Follower(
-                store, self.layers, self._head, opened.files, self._advance, self._replace, options.read_timeout
+                store,
+                self.layers,
+                self._head,
+                opened.files,
+                self._advance,
+                self._replace,
+                options.read_timeout,
+                self._polled,
             )
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
             self._fetcher = Fetcher(
                 store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
             )
-            self._hydrator = self._make_hydrator(relocator)
+            self._hydrator = self._make_hydrator(relocator, opened.files)
         except BaseException:
             self._readahead.stop()
             store.close()
@@ -101,7 +114,7 @@ class Replica:
         if opened.far:
             self._readahead.do(lambda: self._warm_up(snapshot), Urgency.WHENEVER)
         if options.poll_interval:
-            self._follower.start(options.poll_interval)
+            self._follower.start(options.poll_interval, self._may_poll)
         log.debug("opened %s at TXID %s: %d bytes", self.url, format_txid(snapshot.txid), snapshot.size)
 
     def _warm_up(self, snapshot: Snapshot) -> None:
@@ -132,9 +145,8 @@ class Replica:
         # Its index may name the wrong pages, so that older ones showed through: no page is certain any more.
         self._damage.append(_Damage(layer, self._head.current.lineage.number, damage))
         self._fetcher.distrust(layer, damage)
-        copy = self._hydrator.copy if self._hydrator else None
-        if self._hydrator and copy:
-            self._hydrator.give_up(copy, LTXError(f"{layer} is damaged: {damage}"))
+        if self._hydrator:
+            self._hydrator.give_up(LTXError(f"{layer} is damaged: {damage}"))
 
     def _refuse_damaged(self, snapshot: Snapshot) -> None:
         base = next(iter(snapshot.pages.layers()))
@@ -145,16 +157,31 @@ class Replica:
                     "so none can be read until the primary writes a new snapshot"
                 )
 
-    def _make_hydrator(self, relocator: Relocator) -> Hydrator | None:
-        work = make_work_directory(self.options, self._head.current, self.url)
-        if work is None:
-            return None
-        try:
-            return Hydrator(self._store, self.layers, self._head, self._fetcher, relocator, self.options, work)
-        except OSError as exc:
-            log.warning("%s is not hydrated, reads go to the store: %s", self.url, exc)
-            work.remove()
-            return None
+    def _make_hydrator(self, relocator: Relocator, listed: tuple[StoredFile, ...]) -> Hydrator | None:
+        def make_filler(stop: threading.Event) -> Filler:
+            return Filler(
+                self._store, self.layers, self._head, self._fetcher, relocator, stop, self.options.read_timeout
+            )
+
+        return make_hydrator(self._store, self.layers, self._head, make_filler, self.options, listed)
+
+    def _may_poll(self) -> bool:
+        """Whether this process is the one that asks the store; else what the one that does has found is taken over."""
+        hydrator = self._hydrator
+        if hydrator is None or hydrator.local.owned or hydrator.take_over():
+            return True
+        local = hydrator.local
+        if local.outdated:
+            self._follower.take(partial(local.follow_log, listing=self._listing), wait=True)
+        return now() - local.polled_at > 2 * self.options.poll_interval
+
+    def _others(self) -> Attachment | None:
+        """The local copy, if another process owns it and follows for us."""
+        hydrator = self._hydrator
+        return hydrator.local if hydrator is not None and not hydrator.local.owned else None
+
+    def _listing(self) -> list[StoredFile]:
+        return list(self._store.list_all(self.options.read_timeout).files)
 
     @property
     def head(self) -> Snapshot:
@@ -164,18 +191,26 @@ class Replica:
     @property
     def lag(self) -> float:
         """Seconds since the last successful poll; -1 before the first."""
+        local = self._others()
+        if local is not None and local.polled_at:
+            return max(0.0, now() - local.polled_at)
         return self._follower.lag
 
     @property
     def hydration_progress(self) -> float:
-        """0..100; 100.0 exactly when every page of the head is in the local file."""
+        """0..100; 100.0 exactly when every page of the head is local."""
         return self._hydrator.progress if self._hydrator else 0.0
 
     @property
     def hydration_file(self) -> str | None:
         """The database file that the hydrator fills, or None when there is none."""
-        path = self._hydrator.path if self._hydrator else None
+        path = self._hydrator.local.path if self._hydrator else None
         return None if path is None else str(path)
+
+    @property
+    def hydration_txid(self) -> int | None:
+        """The transaction whose database the file at `hydration_file` is, byte for byte; None while it is not whole."""
+        return self._hydrator.local.file_txid if self._hydrator else None
 
     def begin(self, lineage: int) -> Snapshot:
         """Pin the head for a read transaction of a connection that opened lineage number `lineage`.
@@ -188,7 +223,13 @@ class Replica:
                 f"{self.url} was opened before this process was forked (or is closed): a child process needs a "
                 "connection of its own, opened after the fork"
             )
-        if self._follower.poll_if_idle(self.options.staleness_limit):
+        idle = self._follower.idle
+        local = self._others() if self.options.poll_interval else None
+        if local is not None:
+            if local.outdated:
+                self._follower.take(partial(local.follow_log, listing=None), wait=False)
+            idle = min(idle, now() - local.polled_at)
+        if idle > self.options.staleness_limit and self._follower.poll_if_idle(self.options.staleness_limit):
             self._show_current()
         snapshot = self._head.pin()
         if snapshot.lineage.number != lineage:
@@ -212,6 +253,12 @@ class Replica:
         if self._hydrator:
             self._hydrator.unpinned()
 
+    def view(self, snapshot: Snapshot) -> View | None:
+        """The local copy as of a pinned snapshot, if there is one: what it has may be read from it directly."""
+        if self._hydrator is None or self._damage:
+            return None
+        return self._hydrator.local.view(snapshot)
+
     def reader(self) -> Reader:
         """What predicts the reads of one more open database."""
         return Reader(self._trees, self.head.page_size, self.options.prefetch)
@@ -226,16 +273,10 @@ class Replica:
         if pgno == snapshot.lock_pgno:
             return bytes(snapshot.page_size)
         layer = snapshot.owner(pgno)
-        copy = self._hydrator.copy if self._hydrator else None
-        # Another lineage's copy may be there, but layer numbers are never reused: it does not have these versions.
-        page = None
-        if copy is not None and self._hydrator:
-            try:
-                page = copy.read(pgno, layer.number)
-            except OSError as exc:
-                self._hydrator.give_up(copy, exc)
-        if page is not None:
-            return page
+        if self._hydrator is not None:
+            page = self._hydrator.local.read(snapshot, layer, pgno)
+            if page is not None:
+                return page
         page = self._cache.get(pgno, layer.number)
         if page is not None:
             reader.hit(pgno, page)
@@ -304,10 +345,14 @@ class Replica:
         else:
             self._head.replace(after)
 
+    def _polled(self) -> None:
+        if self._hydrator:
+            self._hydrator.local.polled()
+
     def _show_current(self) -> None:
         self._head.show_current()
         if self._hydrator:
-            self._hydrator.settle()
+            self._hydrator.unpinned()
 
     def _catch_up(self) -> bool:
         """For the relocator: know every layer up to the newest, and that the store still holds our history."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -311,6 +312,19 @@ def complete(replica: Replica) -> bool:
 def hydration_file(replica: Replica) -> Path:
     assert replica.hydration_file is not None
     return Path(replica.hydration_file)
+
+
+def local_database(replica: Replica) -> bytes | None:
+    """The newest state out of the local copy alone; None if it is not all there."""
+    with pinned(replica) as snapshot:
+        view = replica.view(snapshot)
+        pages = [view and view.page(p) for p in range(1, snapshot.commit + 1)]
+    return None if None in pages else b"".join(page for page in pages if page is not None)
+
+
+def disk_full(*args: object) -> int:
+    """In place of `os.pwrite`."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def long_replica(directory: ReplicaDirectory) -> History:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from pathlib import Path
@@ -14,7 +13,9 @@ from replicas import (
     ReplicaDirectory,
     SpyStore,
     complete,
+    disk_full,
     hydration_file,
+    local_database,
     long_replica,
     opened,
     pinned,
@@ -24,10 +25,10 @@ from replicas import (
     until,
 )
 
-from lazyreplica import filling, layers, localcopy
+from lazyreplica import filling, layers
 from lazyreplica.errors import LTXError
+from lazyreplica.local.base import Base
 from lazyreplica.storage import StoredFile
-from lazyreplica.workdir import WorkDirectory
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -60,8 +61,7 @@ def test_it_follows_the_head_without_reading_what_came_with_it(directory: Replic
             directory.sync(history)
             replica.refresh()
             assert complete(replica), "the pages are local before the transaction is visible"
-            assert read_database(replica) == history.database()
-            until(lambda: hydration_file(replica).read_bytes() == history.database())
+            assert read_database(replica) == local_database(replica) == history.database()
         assert len(spy.reads) == before
 
 
@@ -78,7 +78,6 @@ def test_a_pinned_snapshot_stays_local_while_the_head_moves(directory: ReplicaDi
             assert read_database(replica, snapshot) == before
             assert read_database(replica) == history.database()
         assert len(spy.reads) == reads
-        until(lambda: hydration_file(replica).read_bytes() == history.database())
 
 
 def test_whole_database_file_with_another_history_is_hydrated_anew(directory: ReplicaDirectory) -> None:
@@ -144,7 +143,7 @@ def test_damage_on_the_wire_is_read_again(directory: ReplicaDirectory) -> None:
         assert hydration_file(replica).read_bytes() == history.database()
 
 
-# Regression (localcopy.py, `write`): the pages before the damaged frame were claimed and never filled; after the
+# Regression: the pages before the damaged frame were claimed and never filled; after the
 # second, good reading they are in the log only, "100 %" is reported, and the published database has zeros in their
 # place.
 @pytest.mark.usefixtures("nothing_kept")
@@ -174,7 +173,7 @@ def test_a_full_disk_ends_the_local_copy_and_not_the_replica(
     directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     history, _ = start(directory.path, 20)
-    monkeypatch.setattr(localcopy, "_pwrite_all", disk_full)
+    monkeypatch.setattr(Base, "write", disk_full)
     with caplog.at_level(logging.WARNING), opened(directory, **FULL) as replica:
         until(lambda: "given up" in caplog.text)
         assert "No space left" in caplog.text
@@ -192,7 +191,7 @@ def test_a_disk_that_fills_up_later_ends_the_local_copy_and_not_the_replica(
     history, _ = start(directory.path, 20)
     with opened(directory, **FULL) as replica:
         until(lambda: complete(replica))
-        monkeypatch.setattr(localcopy, "_pwrite_all", disk_full)
+        monkeypatch.setattr(os, "pwrite", disk_full)
         with pinned(replica) as snapshot:
             history.commit([3])
             directory.sync(history)
@@ -202,34 +201,14 @@ def test_a_disk_that_fills_up_later_ends_the_local_copy_and_not_the_replica(
         assert replica.hydration_file is None
 
 
-# Regression (replica.py/hydrator.py): `make_work_directory` survives an OSError, `Hydrator.__init__` (its `new_copy`
-# and `LocalCopy`) does not: on a full disk the replica cannot be opened at all, and its directory stays locked.
+# Regression: on a full disk the replica could not be opened at all, and its directory stayed locked.
 def test_a_disk_that_is_full_already_does_not_prevent_opening(
     directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history, _ = start(directory.path, 20)
-    monkeypatch.setattr(WorkDirectory, "new_copy", disk_full)
+    monkeypatch.setattr(os, "ftruncate", disk_full)
     with opened(directory, **FULL) as replica:
         assert read_database(replica) == history.database()
-
-
-# Regression (replica.py, `read`): an OSError of the local copy (EIO) reaches the reader raw; the store has the page.
-def test_a_local_copy_that_cannot_be_read_does_not_end_the_replica(
-    directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    history, _ = start(directory.path, 20)
-
-    def broken(*args: object) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
-        monkeypatch.setattr(localcopy.LocalCopy, "read", broken)
-        assert read_database(replica) == history.database()
-
-
-def disk_full(*args: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_place_that_cannot_be_written_is_a_warning(
@@ -256,7 +235,7 @@ def test_hydrate_max_is_the_limit_and_hydrate_false_is_final(directory: ReplicaD
             assert (replica.hydration_file is not None) == expected, options
 
 
-# Regression (hydrator.py, `_give_up`): the copy's files stay, and keep the full disk full, until the replica is
+# Regression: the copy's files stay, and keep the full disk full, until the replica is
 # closed.
 def test_a_copy_that_was_given_up_gives_its_space_back(
     directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -264,7 +243,7 @@ def test_a_copy_that_was_given_up_gives_its_space_back(
     history, _ = start(directory.path, 20)
     with opened(directory, **FULL) as replica:
         until(lambda: complete(replica))
-        monkeypatch.setattr(localcopy, "_pwrite_all", disk_full)
+        monkeypatch.setattr(os, "pwrite", disk_full)
         with pinned(replica):
             history.commit([3])
             directory.sync(history)

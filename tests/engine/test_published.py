@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from replicas import (
     FULL,
+    History,
     ReplicaDirectory,
     SpyStore,
     complete,
     hydration_file,
+    local_database,
     long_replica,
     opened,
     pinned,
@@ -25,12 +27,12 @@ from replicas import (
 
 from lazyreplica import filling
 from lazyreplica.errors import ConfigError
+from lazyreplica.local.directory import CopyDirectory
 from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
-from lazyreplica.workdir import WorkDirectory
 
 
-def test_hydration_path_appears_whole_and_goes_at_close(directory: ReplicaDirectory, tmp_path: Path) -> None:
+def test_hydration_path_appears_whole_and_stays(directory: ReplicaDirectory, tmp_path: Path) -> None:
     history = long_replica(directory)
     target = tmp_path / "local.db"
     with opened(directory, hydration_path=str(target), **FULL) as replica:
@@ -38,8 +40,118 @@ def test_hydration_path_appears_whole_and_goes_at_close(directory: ReplicaDirect
         until(lambda: complete(replica))
         until(target.exists)
         assert target.read_bytes() == history.database()
-    assert not target.exists()
-    assert not Path(f"{target}.d").exists()
+        assert replica.hydration_txid == history.txid
+    assert target.read_bytes() == history.database()
+
+
+def test_what_came_while_it_was_open_is_in_the_file_after_a_clean_close(
+    directory: ReplicaDirectory, tmp_path: Path
+) -> None:
+    history = long_replica(directory)
+    target = tmp_path / "local.db"
+    with opened(directory, hydration_path=str(target), **FULL) as replica:
+        until(target.exists)
+        whole = history.txid
+        for written, size in (([4], 30), ([50], 50), ([1], 12), ([12], 20), ([3, 4], 19)):
+            history.commit(written, size)
+            directory.sync(history)
+            replica.refresh()
+            assert local_database(replica) == history.database()
+            assert replica.hydration_txid == whole
+            assert target.read_bytes() == history.database(whole), "an older transaction, but a whole one"
+    assert target.read_bytes() == history.database()
+
+
+@pytest.mark.parametrize("more", [0, 5])
+def test_a_later_process_reads_from_the_store_only_what_is_new(
+    directory: ReplicaDirectory, tmp_path: Path, nothing_kept: None, more: int
+) -> None:
+    history = long_replica(directory)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+    for n in range(more):
+        history.commit([n + 1, 30 - n])
+        directory.sync(history)
+    spy = SpyStore(directory.url)
+    hydrated: list[int] = []
+
+    def note(file: StoredFile, offset: int, length: int) -> None:
+        if threading.current_thread().name == "lazyreplica-hydrator":
+            hydrated.append(file.name.max_txid)
+
+    spy.before_read = note
+    with opened(spy, **options) as replica:
+        until(lambda: complete(replica))
+        opening = len(spy.reads)
+        assert read_database(replica) == local_database(replica) == history.database()
+        assert len(spy.reads) == opening
+        assert set(hydrated) == set(range(history.txid - more + 1, history.txid + 1)), "only what is new"
+    assert (tmp_path / "local.db").read_bytes() == history.database()
+
+
+def test_a_copy_whose_last_transaction_was_compacted_away_is_continued(
+    directory: ReplicaDirectory, tmp_path: Path, nothing_kept: None
+) -> None:
+    history = long_replica(directory)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+        inode = (tmp_path / "local.db").stat().st_ino
+    end = history.txid
+    for n in range(4):
+        history.commit([n + 1])
+        directory.sync(history)
+    directory.write(history, 1, 2, end - 1)
+    directory.write(history, 1, end, end + 3)
+    for txid in range(2, history.txid):
+        directory.remove(0, txid)
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+        assert read_database(replica) == local_database(replica) == history.database()
+    assert (tmp_path / "local.db").read_bytes() == history.database()
+    assert (tmp_path / "local.db").stat().st_ino == inode, "the same copy, not another one"
+
+
+def test_a_copy_of_another_history_is_made_anew(directory: ReplicaDirectory, tmp_path: Path) -> None:
+    long_replica(directory)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+    directory.wipe()
+    other = History("other")
+    for n in range(7):
+        other.commit([1, n + 1], size=20)
+        directory.sync(other)
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+        assert read_database(replica) == local_database(replica) == other.database()
+    assert (tmp_path / "local.db").read_bytes() == other.database()
+
+
+def test_a_history_that_was_put_back_and_went_on_differently_is_not_mixed(
+    directory: ReplicaDirectory, tmp_path: Path
+) -> None:
+    """The base file is the same in both, so the path looks like ours; but a page that only the old branch changed is in
+    no file of the new one."""
+    history, _ = start(directory.path, 20)
+    for written in ([2], [3], [4]):
+        history.commit(written)
+        directory.sync(history)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+    other = History("db")
+    other.put(history.states[1], 20)
+    for written in ([5], [6], [7], [8]):
+        other.name = "branch"
+        other.commit(written)
+    for txid in (2, 3, 4):
+        directory.remove(0, txid)
+    directory.write(other, 1, 2, 5)
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+        assert read_database(replica) == local_database(replica) == other.database()
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
@@ -64,7 +176,7 @@ def test_what_stands_at_hydration_path_is_refused_and_untouched(
         assert target.read_text() == "precious"
 
 
-# Regression (workdir.py, `open`): whatever stands in `<hydration_path>.d` is deleted, without a sign that it is ours.
+# Regression: whatever stood in `<hydration_path>.d` was deleted, without a sign that it is ours.
 def test_a_directory_of_somebody_else_beside_hydration_path_is_not_emptied(
     directory: ReplicaDirectory, tmp_path: Path
 ) -> None:
@@ -79,31 +191,31 @@ def test_a_directory_of_somebody_else_beside_hydration_path_is_not_emptied(
     assert (tmp_path / "app.d" / "sub" / "settings").read_text() == "precious"
 
 
-# Regression (workdir.py, `publish`): `staged.replace(target)` overwrites whatever has appeared there since the open.
+# Regression: `staged.replace(target)` overwrote whatever had appeared there since the open.
 def test_a_file_that_appears_at_hydration_path_meanwhile_is_not_overwritten(
     directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(directory.path, 5)
     target = tmp_path / "local.db"
     published = threading.Event()
-    original = WorkDirectory.publish
+    original = CopyDirectory.publish
 
-    def publish(self: WorkDirectory, database: Path) -> None:
+    def publish(self: CopyDirectory, database: Path) -> None:
         target.write_bytes(b"precious")
         try:
             original(self, database)
         finally:
             published.set()
 
-    monkeypatch.setattr(WorkDirectory, "publish", publish)
+    monkeypatch.setattr(CopyDirectory, "publish", publish)
     with opened(directory, hydration_path=str(target), **FULL):
         assert published.wait(5)
         assert target.read_bytes() == b"precious"
     assert target.read_bytes() == b"precious"
 
 
-# Regression (hydrator.py, `_fill`): it publishes while the log still holds pages of the head (an older snapshot is
-# pinned): the file at hydration_path is then a mixture of two transactions.
+# Regression: it was published while the log still held pages of the head (an older snapshot was
+# pinned): the file at hydration_path was then a mixture of two transactions.
 def test_what_is_published_is_one_transaction(
     directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_kept: None
 ) -> None:
@@ -135,48 +247,82 @@ def test_what_is_published_is_one_transaction(
         until(lambda: target.read_bytes() == history.database(2))
 
 
-# Regression (hydrator.py, `replace`): between `head.replace` and the assignment of the new copy the thread fills the
-# old copy with pages of the new history, and marks the layers as finished.
 def test_a_new_history_is_never_mixed_into_the_old_copy(
-    directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_kept: None
+    directory: ReplicaDirectory, tmp_path: Path, nothing_kept: None
 ) -> None:
     start(directory.path, 20)
     target = tmp_path / "local.db"
     with opened(directory, hydration_path=str(target), **FULL) as replica:
         until(target.exists)
-        original = WorkDirectory.new_copy
-
-        def slowly(self: WorkDirectory) -> Path:
-            assert replica._hydrator is not None
-            replica._hydrator._wake.set()  # as a transaction that ends at this moment does
-            threading.Event().wait(0.2)
-            return original(self)
-
-        monkeypatch.setattr(WorkDirectory, "new_copy", slowly)
-        directory.wipe()
-        other, _ = start(directory.path, 12, name="other")
-        replica.refresh()
-        until(lambda: complete(replica))
-        assert read_database(replica) == other.database()
-        until(lambda: target.exists() and target.read_bytes() == other.database(), 5)
+        for n in range(5):
+            directory.wipe()
+            other, _ = start(directory.path, 12 + n, name=n)
+            replica.refresh()
+            until(lambda: complete(replica))
+            assert read_database(replica) == local_database(replica) == other.database()
+            whole = other.database()
+            until(lambda: target.exists() and target.read_bytes() == whole)  # noqa: B023
 
 
-def test_two_replicas_with_one_hydration_path_share_nothing(
-    directory: ReplicaDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_two_users_of_one_hydration_path_share_one_copy(directory: ReplicaDirectory, tmp_path: Path) -> None:
     history, _ = start(directory.path, 9)
     target = tmp_path / "local.db"
-    options = {"hydration_path": str(target), **FULL}
+    options = {"hydration_path": str(target), "poll_interval": 0.02, **FULL}
     with opened(directory, **options) as first:
-        until(target.exists)
-        with opened(directory, **options) as second:
+        until(lambda: complete(first))
+        spy = SpyStore(directory.url)
+        with opened(spy, **options) as second:
             until(lambda: complete(second))
-            assert "is in use by another process" in caplog.text
-            assert second.hydration_file not in (None, str(target))
-            assert hydration_file(second).read_bytes() == history.database()
-        assert target.read_bytes() == history.database()
-        assert complete(first)
-    assert not target.exists()
+            assert second.hydration_file == first.hydration_file == str(target)
+            asked = len(spy.reads), len(spy.probes), spy.listings
+            for n in range(5):
+                history.commit([n + 1])
+                directory.sync(history)
+                until(lambda: second.head.txid == history.txid)
+                assert read_database(second) == local_database(second) == history.database()
+            assert asked == (len(spy.reads), len(spy.probes), spy.listings), "one of them asks for both"
+            assert 0 <= second.lag < 5
+        assert local_database(first) == history.database()
+    assert target.read_bytes() == history.database()
+
+
+def test_the_copy_is_taken_over_when_its_owner_goes(directory: ReplicaDirectory, tmp_path: Path) -> None:
+    history = long_replica(directory)
+    target = tmp_path / "local.db"
+    options = {"hydration_path": str(target), "poll_interval": 0.02, **FULL}
+    with contextlib.ExitStack() as others:
+        first = others.enter_context(opened(directory, **options))
+        until(lambda: complete(first))
+        with opened(directory, **options) as second:
+            history.commit([2])
+            directory.sync(history)
+            until(lambda: second.head.txid == history.txid)
+            others.close()
+            for _ in range(3):
+                history.commit([3, 30])
+                directory.sync(history)
+                until(lambda: second.head.txid == history.txid)
+                until(lambda: local_database(second) == history.database())
+    assert target.read_bytes() == history.database()
+
+
+def test_a_path_that_holds_another_replicas_copy_is_left_to_it(
+    directory: ReplicaDirectory, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(directory.path, 9)
+    other, elsewhere = start(tmp_path / "elsewhere", 12, name="other")
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as first:
+        until(lambda: complete(first))
+        with opened(elsewhere, **options) as second:
+            until(lambda: complete(second))
+            assert second.hydration_file not in (None, first.hydration_file)
+            assert read_database(second) == other.database()
+    assert "holds a copy of" in caplog.text
+    with opened(elsewhere, **options) as second:
+        until(lambda: complete(second))
+        assert second.hydration_file == str(tmp_path / "local.db"), "nobody uses it any more"
+    assert (tmp_path / "local.db").read_bytes() == other.database()
 
 
 def test_nothing_is_left_of_a_private_copy(directory: ReplicaDirectory, tmp_path: Path) -> None:
@@ -191,11 +337,11 @@ def leftovers(tmp_path: Path) -> Iterator[Path]:
     return (tmp_path / "tmp").glob("lazyreplica-*/*")
 
 
-# Regression (hydrator.py, `replace`): the copy of the old history stays in the directory until the replica is closed.
+# Regression: the copy of the old history stayed in the directory until the replica was closed.
 def test_the_copy_of_an_old_history_gives_its_space_back(directory: ReplicaDirectory, tmp_path: Path) -> None:
     with opened_after_wipes(directory, 3) as replica:
         until(lambda: complete(replica))
-        copies = [path for path in (tmp_path / "tmp").rglob("database") if path.is_file()]
+        copies = [path for path in (tmp_path / "tmp").rglob("base-*") if path.is_file()]
         assert copies == [hydration_file(replica)]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
-from pathlib import Path
 
 import pytest
-from replicas import ReplicaDirectory, opened, read_page, start, until
+from replicas import ReplicaDirectory, local_database, opened, read_page, start, until
 
 from lazyreplica import filling, follower, hydrator, layers
 from lazyreplica.errors import LineageChanged, ReplicaError, SnapshotGone
@@ -93,9 +92,7 @@ def test_readers_see_one_transaction_or_an_honest_error(
         until(lambda: replica.head.txid == history.txid)
         if hydrate:
             until(lambda: replica.hydration_progress == 100.0, 10)
-            assert replica.hydration_file is not None
-            path = Path(replica.hydration_file)
-            until(lambda: path.read_bytes() == history.database())
+            assert local_database(replica) == history.database()
     unexpected = [r for r in caplog.records if r.levelname == "ERROR"]
     assert not unexpected, unexpected
     assert issubclass(SnapshotGone, ReplicaError)

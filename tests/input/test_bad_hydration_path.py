@@ -21,8 +21,7 @@ from handmade import SECONDS, History, make_history, opened
 
 import lazyreplica
 from lazyreplica.errors import ConfigError
-from lazyreplica.localcopy import LocalCopy
-from lazyreplica.workdir import WorkDirectory
+from lazyreplica.local.base import Base
 
 ROWS = "SELECT * FROM t ORDER BY id"
 
@@ -136,11 +135,11 @@ def test_a_disk_without_room_for_a_file(
 def test_no_room_for_the_copys_own_files(
     url: str, history: History, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(self: WorkDirectory) -> Path:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(WorkDirectory, "new_copy", full)
     before = set(_private_directories())
+    monkeypatch.setattr(os, "ftruncate", full)
     goes_on_without(url, history, caplog)
     assert set(_private_directories()) <= before
 
@@ -215,7 +214,7 @@ def test_a_limit_on_the_size_of_files(replica: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", _CHILD, history.write(replica)], capture_output=True, text=True, timeout=60, check=True
     )
     assert eval(done.stdout) == [(5000, sum(row[2] for row in history.rows[2]))]
-    assert "given up" in done.stderr and "Traceback" not in done.stderr
+    assert "is not hydrated" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_too_few_descriptors_are_no_error_from_the_depths(url: str, history: History) -> None:
@@ -305,7 +304,7 @@ def test_a_link_to_a_foreign_directory_is_left_alone(url: str, tmp_path: Path) -
     assert (foreign / "precious.txt").read_text() == "mine"
 
 
-def test_a_copy_left_by_a_killed_process_is_replaced(url: str, tmp_path: Path, history: History) -> None:
+def test_a_copy_left_by_a_killed_process_is_used(url: str, tmp_path: Path, history: History) -> None:
     path = tmp_path / "copy.db"
     child = """
 import os, sys, time, lazyreplica
@@ -319,7 +318,7 @@ os.kill(os.getpid(), 9)
     with opened(url, hydration_path=str(path), hydrate=True) as connection:
         hydrated(connection)
         assert connection.execute(ROWS).fetchall() == history.rows[2]
-    assert not path.exists() and not (tmp_path / "copy.db.d").exists()
+    assert path.exists()
 
 
 def test_a_path_that_another_replica_uses_gives_a_private_copy_and_a_warning(
@@ -336,11 +335,11 @@ def test_a_path_that_another_replica_uses_gives_a_private_copy_and_a_warning(
         assert first.pragma("litestream_hydration_file") == str(path)
         assert second.pragma("litestream_hydration_file") != str(path)
         assert second.execute(ROWS).fetchall() == history.rows[2]
-    assert any("in use" in text for text in warnings_of(caplog))
+    assert any("holds a copy of" in text for text in warnings_of(caplog))
 
 
-def test_localcopy_never_overwrites_a_file(tmp_path: Path) -> None:
-    (tmp_path / "database").write_text("mine")
+def test_a_base_never_overwrites_a_file(tmp_path: Path) -> None:
+    (tmp_path / "base").write_text("mine")
     with pytest.raises(FileExistsError):
-        LocalCopy(tmp_path, 4096)
-    assert (tmp_path / "database").read_text() == "mine"
+        Base(tmp_path / "base", tmp_path / "present", 4096, 1, create=True)
+    assert (tmp_path / "base").read_text() == "mine"

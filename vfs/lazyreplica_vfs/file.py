@@ -7,6 +7,7 @@ import ctypes
 import apsw
 
 from lazyreplica.errors import ConfigError, LazyReplicaError
+from lazyreplica.local.copy import View
 from lazyreplica.registry import release
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
@@ -40,7 +41,11 @@ class ReplicaFile:
         self._connection = 0
         self._first: tuple[Snapshot, bytes] | None = None
         """Page 1 as shown for a snapshot: SQLite looks at it at the start of every transaction."""
-        self._pinned = None if locks else replica.begin(self._lineage)
+        self._local: View | None = None
+        """The local copy as of what is pinned, if there is one."""
+        self._pinned: Snapshot | None = None
+        if not locks:
+            self._pin(replica.begin(self._lineage))
         self._locks = locks
 
     @property
@@ -56,7 +61,7 @@ class ReplicaFile:
         if level == apsw.SQLITE_LOCK_SHARED and self._pinned is None:
             held = self._held_by_sibling()
             try:
-                self._pinned = self.replica.share(held) if held else self.replica.begin(self._lineage)
+                self._pin(self.replica.share(held) if held else self.replica.begin(self._lineage))
             except LazyReplicaError as exc:
                 raise as_sqlite(exc, LOCK) from exc
 
@@ -67,9 +72,13 @@ class ReplicaFile:
     def xCheckReservedLock(self) -> bool:
         return False
 
+    def _pin(self, snapshot: Snapshot) -> None:
+        self._pinned = snapshot
+        self._local = self.replica.view(snapshot)
+
     def _unpin(self) -> None:
         if self._pinned is not None:
-            snapshot, self._pinned = self._pinned, None
+            snapshot, self._pinned, self._local = self._pinned, None, None
             self.replica.end(snapshot)
 
     def _held_by_sibling(self) -> Snapshot | None:
@@ -82,7 +91,18 @@ class ReplicaFile:
     # -- reading --
 
     def xRead(self, amount: int, offset: int) -> bytes:
-        """`amount` bytes from `offset`; fewer at the end of the database (SQLite fills up with zeros)."""
+        """`amount` bytes from `offset`; fewer at the end of the database (SQLite fills up with zeros).
+
+        A page that is local and has not changed since the copy's base is a slice of a mapping.
+        """
+        local = self._local
+        if local is not None and amount == local.page_size and offset:
+            pgno = offset // amount + 1
+            try:
+                if pgno not in local.changed and local.present[pgno - 1]:
+                    return local.pages[offset : offset + amount]
+            except IndexError:  # beyond the base
+                pass
         snapshot = self._pinned
         try:
             if snapshot is not None:

@@ -1,0 +1,281 @@
+"""The directory of a local copy: who uses it, who owns it, what is swept, and where the finished database appears.
+
+With a `hydration_path` it is ``<hydration_path>.d``, shared by every process that names the same path, and kept. The
+finished database is also there under that path itself. Without, it is a random directory below
+``<tmp>/lazyreplica-<uid>``, which only its user can enter, private to one process and removed at close.
+
+Two locks, both ``flock`` (a POSIX record lock would go with the first descriptor that any code of ours closes):
+*users*, held shared by every process that has the copy open, and *owner*, held by the one that changes it. A forked
+child shares its parent's locks until it closes its descriptors; it never unlocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazyreplica.errors import ConfigError
+from lazyreplica.local.state import STATE, CopyState, sync_directory
+
+log = logging.getLogger(__name__)
+
+_USERS = "lazyreplica.lock"
+"""Also the sign that the directory is ours."""
+_OWNER = "owner.lock"
+_PUBLISHED = "published.json"
+_PATIENCE = 5.0
+"""Seconds that opening waits for a process that changes what others may not see change."""
+_KEPT = {_USERS, _OWNER, _PUBLISHED, "control", STATE}
+
+
+class CopyDirectory:
+    """A directory of ours that this process uses. `close` ends that, and removes it if it is private."""
+
+    def __init__(self, path: Path, users_fd: int, published_at: Path | None) -> None:
+        self.path = path
+        self.published_at = published_at
+        """Where the finished database appears, if the user named a place: then the copy is shared, and kept."""
+        self._users_fd = users_fd
+        self._owner_fd = -1
+
+    @classmethod
+    def open(cls, hydration_path: str | None) -> CopyDirectory:
+        """Make the directory, or join those who use it.
+
+        Raises `ConfigError` if something that is not ours stands at `hydration_path`, or `OSError`.
+        """
+        if hydration_path is None:
+            return cls._open_private()
+        target = Path(hydration_path).absolute()
+        path = target.with_name(target.name + ".d")
+        if os.path.lexists(target) and not path.is_dir():
+            raise _not_ours(target)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_symlink() or (not (path / _USERS).is_file() and any(path.iterdir())):
+            raise ConfigError(
+                f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
+                "not lazyreplica's; nothing in it will be touched: name another hydration_path"
+            )
+        users_fd = _use(path)
+        directory = cls(path, users_fd, target)
+        try:
+            if os.path.lexists(target) and not directory._is_ours(target):
+                raise _not_ours(target)
+        except BaseException:
+            os.close(users_fd)
+            raise
+        return directory
+
+    @classmethod
+    def _open_private(cls) -> CopyDirectory:
+        root = Path(tempfile.gettempdir()) / f"lazyreplica-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            root.mkdir(mode=0o700)
+        info = root.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            # Somebody else made that name in a shared directory: stay out of it.
+            root = Path(tempfile.mkdtemp(prefix="lazyreplica-"))
+        root_fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Under this lock nobody sees a directory between its creation and its locking.
+            fcntl.flock(root_fd, fcntl.LOCK_EX)
+            _sweep(root)
+            path = Path(tempfile.mkdtemp(prefix="replica-", dir=root))
+            users_fd = _use(path)
+        finally:
+            os.close(root_fd)
+        return cls(path, users_fd, None)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may use it, and it outlives us."""
+        return self.published_at is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk that its files take already."""
+        return sum(entry.stat().st_blocks * 512 for entry in self.path.iterdir() if entry.is_file())
+
+    # -- who may do what --
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process is the one that changes the copy."""
+        return self._owner_fd >= 0
+
+    def try_own(self) -> bool:
+        """Become the owner unless another process is. A microsecond when one is."""
+        if self._owner_fd >= 0:
+            return True
+        fd = _open_lock(self.path / _OWNER)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        self._owner_fd = fd
+        return True
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no other process uses the copy, nor begins to while the block runs.
+
+        A private directory is always ours alone.
+        """
+        if not self.shared:
+            yield True
+            return
+        try:
+            # From shared to exclusive is not atomic, but who is the owner loses nothing in between.
+            fcntl.flock(self._users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(self._users_fd, fcntl.LOCK_SH)  # a conversion that fails may have dropped what we had
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(self._users_fd, fcntl.LOCK_SH)
+
+    def sweep(self, state: CopyState | None) -> None:
+        """As the owner: remove every file that `state` does not name, what a crash left behind."""
+        used = _KEPT | {path.name for path in (state.paths(self.path) if state else ())}
+        for entry in list(self.path.iterdir()):
+            if entry.name not in used and entry.is_file() and not entry.is_symlink():
+                entry.unlink(missing_ok=True)
+
+    # -- the database at hydration_path --
+
+    def publish(self, database: Path) -> None:
+        """Let the finished database appear at `published_at`, at once and whole, unless something else is there."""
+        target = self.published_at
+        if target is None:
+            return
+        status = database.stat()
+        note = self.path / _PUBLISHED
+        new = note.with_suffix(".new")
+        with new.open("w") as writing:
+            json.dump([status.st_dev, status.st_ino], writing)
+            writing.flush()
+            os.fsync(writing.fileno())  # a link that outlived its note would be nobody's, and never removed
+        self.withdraw()
+        new.rename(note)
+        try:
+            os.link(database, target)
+        except OSError as exc:
+            log.warning("the local copy is complete, but does not appear at %s: %s", target, exc)
+            if exc.errno not in (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+        sync_directory(target.parent)
+
+    def withdraw(self) -> None:
+        """Remove the published database, if what is there is the one that we published."""
+        if self.published_at is not None and self._is_ours(self.published_at):
+            self.published_at.unlink(missing_ok=True)
+            (self.path / _PUBLISHED).unlink(missing_ok=True)
+
+    @property
+    def published(self) -> bool:
+        """Whether the database at `published_at` is ours."""
+        return self.published_at is not None and self._is_ours(self.published_at)
+
+    def _is_ours(self, target: Path) -> bool:
+        try:
+            device, inode = json.loads((self.path / _PUBLISHED).read_text())
+            status = target.lstat()
+        except (OSError, ValueError, TypeError):
+            return False
+        return (status.st_dev, status.st_ino) == (device, inode)
+
+    # -- the end --
+
+    def close(self) -> None:
+        """Let go of the locks. A private directory goes with them, and one in which there is no copy."""
+        if not self.shared or not (self.path / STATE).exists():
+            self.remove()
+        self.abandon()
+
+    def remove(self) -> bool:
+        """Remove everything, the published database too, unless another process uses it. Says whether it did."""
+        if self._users_fd < 0:
+            return False
+        with self.alone() as alone:
+            if alone:
+                self.withdraw()
+                shutil.rmtree(self.path, ignore_errors=True)
+        return alone
+
+    def abandon(self) -> None:
+        """Let go of the locks and touch nothing. In a forked child the parent goes on holding them."""
+        for fd in (self._owner_fd, self._users_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._owner_fd = self._users_fd = -1
+
+
+def _not_ours(target: Path) -> ConfigError:
+    return ConfigError(
+        f"hydration_path {str(target)!r} exists and is not a copy made by lazyreplica; it will not be overwritten: "
+        "name a path that does not exist"
+    )
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _use(path: Path) -> int:
+    """A descriptor that holds the users' lock until it is closed. Raises `OSError` when it is not to be had."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = _open_lock(path / _USERS)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if _names(path / _USERS, fd):
+                return fd
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise OSError(errno.EBUSY, f"{path} is being changed by another process") from None
+            time.sleep(0.01)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # or it was removed by its last user in this moment: make a new one
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Whether the file at `path` is the open one."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _sweep(root: Path) -> None:
+    """Remove the directories of processes that died without doing so: nobody holds their lock."""
+    for path in root.glob("replica-*"):
+        try:
+            fd = _open_lock(path / _USERS)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            log.info("removing %s, left behind by a process that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(fd)
