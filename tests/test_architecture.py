@@ -26,6 +26,8 @@ ORDER = [
     "follower",
     "fetcher",
     "relocate",
+    "history",
+    "boundary",
     "cache",
     "readahead",
     "prefetch",
@@ -42,6 +44,7 @@ ORDER = [
     "storage",
     "ltx",
     "config",
+    "moments",
     "clock",
     "errors",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyreplica.errors import ConfigError
+from lazyreplica.moments import parse_moment
 
 MIB = 1 << 20
 
@@ -209,15 +210,18 @@ def _after_fork_in_child() -> None:
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
-_configured: dict[str, tuple[str, Options]] = {}
+_configured: dict[str, tuple[str, Options, dict[str, str]]] = {}
+"""Database name -> replica URL, options, and the moment to open it at (see `starting_point`)."""
 _lock = threading.Lock()
 
 
-def configure(name: str, url: str, **options: object) -> None:
+def configure(name: str, url: str, *, time: object = None, txid: object = None, **options: object) -> None:
     """Let the database `name` (as in ``file:NAME?vfs=litestream``) stand for the replica at `url`.
 
-    Options are those of `Options`, over what the environment says. Configuring a name again replaces what it stands
-    for; connections that are open keep theirs. Raises `ConfigError` for an unknown option or a malformed URL.
+    Options are those of `Options`, over what the environment says. `time` or `txid`: connections show that moment of
+    the past (a relative one, such as "yesterday", counts from each connection's opening). Configuring a name again
+    replaces what it stands for; connections that are open keep theirs. Raises `ConfigError` for an unknown option, a
+    moment that makes no sense, or a malformed URL.
     """
     from lazyreplica.storage.url import parse_replica_url
 
@@ -225,8 +229,10 @@ def configure(name: str, url: str, **options: object) -> None:
         raise ConfigError("configure() needs a database name such as 'app.db'")
     parse_replica_url(url)  # complain here, where the mistake is, rather than at the first open
     parsed = Options.from_environment().updated(options, "configure()")
+    start = {kind: str(given) for kind, given in (("time", time), ("txid", txid)) if given is not None}
+    _one_moment(start)
     with _lock:
-        _configured[name] = (url, parsed)
+        _configured[name] = (url, parsed, start)
 
 
 def is_configured(name: str) -> bool:
@@ -256,3 +262,24 @@ def resolve(name: str, parameters: Mapping[str, str]) -> tuple[str, Options]:
         if option in parameters:
             options = options.updated({option: parameters[option]}, f"URI parameter {option}")
     return url, options
+
+
+def starting_point(name: str, parameters: Mapping[str, str]) -> tuple[str, str] | None:
+    """The moment that a database is opened at: "time" or "txid", and its text; None for the newest state.
+
+    First found wins: URI parameters ``time`` and ``txid``, then `configure` unless ``replica_url`` names another
+    replica. Raises `ConfigError` when both are given, or the text makes no sense.
+    """
+    given = {kind: parameters[kind] for kind in ("time", "txid") if parameters.get(kind, "") != ""}
+    if not given and not parameters.get("replica_url", ""):
+        with _lock:
+            given = _configured[name][2] if name in _configured else {}
+    _one_moment(given)
+    return next(iter(given.items()), None)
+
+
+def _one_moment(given: Mapping[str, str]) -> None:
+    if len(given) > 1:
+        raise ConfigError(f"time is {given['time']!r} and txid is {given['txid']!r}: give one of them")
+    for kind, text in given.items():
+        parse_moment(kind, text, 0)  # complain here, where the mistake is

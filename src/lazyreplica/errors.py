@@ -42,6 +42,10 @@ class ReplicaDamaged(ReplicaError):
     """Files contradict each other or their names, or a page that must exist is in no file."""
 
 
+class NoSuchState(ReplicaError):
+    """The time or TXID asked for is not among the states that the replica's files make."""
+
+
 class LineageChanged(ReplicaError):
     """The path now holds another database history than the one that was opened; the connection must reopen."""
 

@@ -151,18 +151,18 @@ class Fetcher:
             extent, new = self._extents.begin(
                 span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end)
             )
-            if new and not self._bring(span, extent):
+            if new and not self._bring(span, extent, reader.trees):
                 reader.refused(span.pgnos)
 
-    def _bring(self, span: Span, extent: Extent) -> bool:
+    def _bring(self, span: Span, extent: Extent, trees: Trees) -> bool:
         """Let a thread fetch an extent, and learn from the interior pages in it that somebody waits for."""
-        wanted = self._trees.wanted.intersection(span.pgnos)
+        wanted = trees.wanted.intersection(span.pgnos)
 
         def work() -> None:
             self._layers.bring(span.layer, extent)
             if wanted and extent.state is State.HERE:
                 for pgno in wanted:
-                    self._trees.learn(pgno, _decode(extent.data, extent.start, self._place(span.layer, pgno)))
+                    trees.learn(pgno, _decode(extent.data, extent.start, self._place(span.layer, pgno)))
 
         if self._readahead.do(work, Urgency.SOON):
             return True

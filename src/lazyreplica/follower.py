@@ -153,6 +153,22 @@ class Follower:
             self._tried_at = now()
             self._lock.release()
 
+    def known(self) -> tuple[Lineage, tuple[StoredFile, ...]]:
+        """The head's lineage, and the files known to belong to it, in order of level and name.
+
+        Some may be gone by now, or compacted ones be there that no listing has shown yet. Waits for a poll that is
+        under way: it may be about to find another lineage.
+        """
+        if not self._lock.acquire(timeout=self._timeout):
+            raise StoreUnavailable(
+                f"{self._store.url}: a poll that is under way did not end within {self._timeout:g} seconds"
+            )
+        try:
+            files = sorted(self._recorded, key=lambda file: (file.level, file.name))
+            return self._head.current.lineage, tuple(files)
+        finally:
+            self._lock.release()
+
     def poll_if_idle(self, limit: float) -> bool:
         """Poll unless somebody did within `limit` seconds: for a process that slept. A failure is only logged.
 

@@ -11,7 +11,7 @@ import itertools
 import logging
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,11 @@ class Layers:
         """Increments that were opened by head and tail."""
         self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
         self.extents = Extents(KEEP_TOTAL, PASSING_TOTAL)
+
+    def headers(self, files: Iterable[StoredFile]) -> dict[StoredFile, Header]:
+        """The headers of those files that are open."""
+        with self._lock:
+            return {file: layer.header for file in files if (layer := self._open.get(file)) is not None}
 
     def kept(self, layer: Layer) -> bytes | None:
         """All bytes of the layer's file, if they are here."""

@@ -44,6 +44,29 @@ def plan(files: Iterable[StoredFile], txid: int | None = None) -> Chain:
     return chain
 
 
+def plan_before(files: Sequence[StoredFile], older: Sequence[StoredFile]) -> Chain:
+    """The chain for the newest state that `older` makes: those of `files` that were written before some time.
+
+    A compacted file whose last transaction is too new is out as a whole; lower levels reach closer to the time. Where
+    ``litestream restore -timestamp`` silently ends at missing transactions, this raises `ReplicaGap`: they, too, may
+    have been written before that time. Raises `EmptyReplica` or `ReplicaGap` when `older` makes no state at all.
+    """
+    chain = plan(older)
+    reached = chain[-1].name.max_txid
+    rest = [file for file in files if file.level != SNAPSHOT_LEVEL and file.name.max_txid > reached]
+    if rest and not any(file.name.min_txid <= reached + 1 for file in rest):
+        _refuse_hole(rest, reached)
+    return chain
+
+
+def reach(files: Sequence[StoredFile], txid: int) -> int:
+    """The newest TXID at or below `txid` whose state can be made; 0 if there is none."""
+    try:
+        return plan(files, txid)[-1].name.max_txid
+    except (EmptyReplica, ReplicaGap):
+        return 0
+
+
 def extend(files: Iterable[StoredFile], txid: int) -> Chain:
     """The files that lead from the state at `txid` to the newest one; empty when there is nothing newer.
 

@@ -96,7 +96,8 @@ class Reader:
 
     def __init__(self, trees: Trees, page_size: int, techniques: frozenset[str]) -> None:
         """`page_size` in bytes."""
-        self._trees = trees
+        self.trees = self._trees = trees
+        """What is known of the database that is read."""
         self._limit = max(_START, AHEAD // page_size)
         self._techniques = techniques
         self._expected: dict[int, _Stream] = {}

@@ -4,7 +4,8 @@ A version does not change when its place does. For a snapshot pinned at TXID T, 
 another state at TXID M, made of files that exist now, holds the same bytes for p if
 
 - M <= T and p's version was written at or before M (the snapshot itself says when: its owner's MaxTXID), or
-- M > T and none of the layers T+1..M that we have seen contains p or cuts it off;
+- M > T and none of the layers T+1..M that we have seen contains p or cuts it off (those after a view of the past were
+  not seen, so it gets nothing from later files);
 
 and if p lies within the database at M: what older files hold beyond that is no part of the state.
 """
@@ -19,6 +20,7 @@ from weakref import WeakSet
 
 from lazyreplica.errors import EmptyReplica, FileVanished, LTXError, ReplicaDamaged, ReplicaError, SnapshotGone
 from lazyreplica.head import Head
+from lazyreplica.history import PastLineage, origin_of
 from lazyreplica.layers import Layers
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer, PageMap, stack
@@ -78,7 +80,11 @@ class Relocator:
                 raise SnapshotGone(
                     f"page {pgno} as of TXID {format_txid(snapshot.txid)} is in no file of {self._store.url} any more "
                     f"({gone.file} was removed by compaction or retention while this read transaction was open): "
-                    "roll back and retry; the newest state is available"
+                    + (
+                        "set the time or TXID again, to what is left"
+                        if isinstance(snapshot.lineage, PastLineage)
+                        else "roll back and retry; the newest state is available"
+                    )
                 )
             log.debug("page %d of %s is read from %s now", pgno, gone, found)
             return found
@@ -86,7 +92,7 @@ class Relocator:
     def _look_up(self, snapshot: Snapshot, pgno: int) -> Layer | None:
         written = snapshot.owner(pgno).max_txid
         for state in self._states:
-            if state.lineage is not snapshot.lineage or pgno > state.commit:
+            if state.lineage is not origin_of(snapshot.lineage) or pgno > state.commit:
                 continue
             if state.txid <= snapshot.txid:
                 same = written <= state.txid
@@ -107,7 +113,7 @@ class Relocator:
                 # Between the listing and the use of its newest state: then every layer up to that is known.
                 ours = self._catch_up()
                 lineage = self._head.current.lineage
-                if not ours or snapshot.lineage is not lineage:
+                if not ours or origin_of(snapshot.lineage) is not lineage:
                     return  # the listing shows another history: nothing in it can stand in
                 for chain in _candidates(files, snapshot.txid):
                     self._remember(lineage, chain)

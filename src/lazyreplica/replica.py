@@ -31,11 +31,13 @@ from lazyreplica.fetcher import Fetcher
 from lazyreplica.filling import Filler
 from lazyreplica.follower import Follower
 from lazyreplica.head import Head
+from lazyreplica.history import History
 from lazyreplica.hydration import make_hydrator
 from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.copy import View
 from lazyreplica.ltx.name import format_txid
+from lazyreplica.moments import Moment
 from lazyreplica.opening import open_newest
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
@@ -99,6 +101,15 @@ class Replica:
                 options.read_timeout,
                 self._polled,
             )
+            self._past = History(
+                store,
+                self.layers,
+                partial(self._follower.poll, thorough=True),
+                self._follower.known,
+                options.read_timeout,
+            )
+            self._beside: dict[Snapshot, Snapshot] = {}
+            """Snapshots of the past that are being read -> the head that was pinned with each (see `_local_page`)."""
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
             self._fetcher = Fetcher(
@@ -212,8 +223,18 @@ class Replica:
         """The transaction whose database the file at `hydration_file` is, byte for byte; None while it is not whole."""
         return self._hydrator.local.file_txid if self._hydrator else None
 
-    def begin(self, lineage: int) -> Snapshot:
+    def at(self, moment: Moment) -> Snapshot:
+        """The snapshot of a moment of the past, for one reader: no two calls give the same value.
+
+        Raises `NoSuchState` when no such state can be made, and says which can; `ReplicaGap` when transactions before a
+        time are missing; `StoreError`, `LTXError`, `ReplicaDamaged`.
+        """
+        return self._past.at(moment, self._head.current)
+
+    def begin(self, lineage: int, past: Snapshot | None = None) -> Snapshot:
         """Pin the head for a read transaction of a connection that opened lineage number `lineage`.
+
+        Or begin to read `past`, which `at` gave. Each `begin` needs an `end`.
 
         After a sleep (see `Options.max_staleness`) the head is refreshed first. Raises `LineageChanged` when the path
         holds another database history by now.
@@ -224,14 +245,15 @@ class Replica:
                 "connection of its own, opened after the fork"
             )
         idle = self._follower.idle
-        local = self._others() if self.options.poll_interval else None
+        local = self._others() if self.options.poll_interval and past is None else None
         if local is not None:
             if local.outdated:
                 self._follower.take(partial(local.follow_log, listing=None), wait=False)
             idle = min(idle, now() - local.polled_at)
-        if idle > self.options.staleness_limit and self._follower.poll_if_idle(self.options.staleness_limit):
+        stale = past is None and idle > self.options.staleness_limit
+        if stale and self._follower.poll_if_idle(self.options.staleness_limit):
             self._show_current()
-        snapshot = self._head.pin()
+        snapshot = self._head.pin_current() if past else self._head.pin()
         if snapshot.lineage.number != lineage:
             self._head.unpin(snapshot)
             raise LineageChanged(
@@ -239,7 +261,10 @@ class Replica:
                 f"different database) and is at TXID {format_txid(snapshot.txid)}; close this connection and open it "
                 "again to read the new one"
             )
-        return snapshot
+        if past is None:
+            return snapshot
+        self._beside[past] = snapshot
+        return past
 
     def share(self, snapshot: Snapshot) -> Snapshot:
         """Pin once more what is pinned already."""
@@ -249,7 +274,7 @@ class Replica:
         """Unpin; each `begin` and `share` needs one."""
         if self._closed:
             return  # in a forked child the head's lock may be held by a thread that does not exist here
-        self._head.unpin(snapshot)
+        self._head.unpin(self._beside.pop(snapshot, snapshot))
         if self._hydrator:
             self._hydrator.unpinned()
 
@@ -259,9 +284,10 @@ class Replica:
             return None
         return self._hydrator.local.view(snapshot)
 
-    def reader(self) -> Reader:
-        """What predicts the reads of one more open database."""
-        return Reader(self._trees, self.head.page_size, self.options.prefetch)
+    def reader(self, past: Snapshot | None = None) -> Reader:
+        """What predicts the reads of one more open database, or of a view of the past: that has trees of its own."""
+        size = self.head.page_size
+        return Reader(Trees(size) if past else self._trees, size, self.options.prefetch)
 
     def read(self, snapshot: Snapshot, pgno: int, reader: Reader) -> bytes:
         """Page `pgno` (1 <= pgno <= commit) of a pinned snapshot, as it is stored.
@@ -274,7 +300,7 @@ class Replica:
             return bytes(snapshot.page_size)
         layer = snapshot.owner(pgno)
         if self._hydrator is not None:
-            page = self._hydrator.local.read(snapshot, layer, pgno)
+            page = self._local_page(snapshot, layer, pgno)
             if page is not None:
                 return page
         page = self._cache.get(pgno, layer.number)
@@ -283,6 +309,21 @@ class Replica:
         else:
             page = self._fetcher.page(snapshot, layer, pgno, reader)
         return page
+
+    def _local_page(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes | None:
+        """The page out of the local copy.
+
+        That overwrites what no pinned snapshot of the head's needs. A snapshot of the past is not among those: it would
+        hold the copy back. So of its pages only those are asked for there that are also the newest of the head pinned
+        beside it, which are most.
+        """
+        assert self._hydrator is not None, "asked for where there is a copy"
+        beside = self._beside.get(snapshot) if self._beside else None
+        if beside is None:
+            return self._hydrator.local.read(snapshot, layer, pgno)
+        if pgno <= beside.commit and beside.pages.owner(pgno) is layer:
+            return self._hydrator.local.read(beside, layer, pgno)
+        return None
 
     def refresh(self) -> None:
         """Poll now: on return the head is the newest state in the store. Raises what made that impossible."""

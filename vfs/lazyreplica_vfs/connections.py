@@ -11,15 +11,19 @@ from lazyreplica.ltx.name import format_txid, parse_txid
 from lazyreplica_vfs.file import file_of
 
 
-def connect(url: str, **options: object) -> apsw.Connection:
+def connect(url: str, *, time: object = None, txid: object = None, **options: object) -> apsw.Connection:
     """A read-only connection to the replica at `url`. Options are those of `Options`.
+
+    `time` or `txid` opens it at that moment of the past: what ``PRAGMA litestream_time`` and ``litestream_txid`` take,
+    a `datetime` (UTC if it names no zone), or a TXID as a number.
 
     Raises an `apsw.CantOpenError` that is also the specific error of `lazyreplica.errors`; `ConfigError` for an option
     that does not exist.
     """
     Options().updated(options, "connect()")
     name = url.partition("?")[0].rstrip("/").rpartition("/")[2] or "replica"
-    given = {key: _text(value) for key, value in options.items() if value is not None}
+    moment = {"time": time, "txid": format_txid(txid) if isinstance(txid, int) else txid}
+    given = {key: _text(value) for key, value in {**options, **moment}.items() if value is not None}
     query = urlencode({"vfs": "litestream", "replica_url": url, **given}, quote_via=quote)
     return apsw.Connection(f"file:{quote(name)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 

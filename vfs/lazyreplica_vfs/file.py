@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import time
+from functools import partial
 
 import apsw
 
 from lazyreplica.errors import ConfigError, LazyReplicaError
 from lazyreplica.local.copy import View
+from lazyreplica.moments import parse_moment
 from lazyreplica.registry import release
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica_vfs import page1
-from lazyreplica_vfs.pragmas import answer
+from lazyreplica_vfs.deferred import when_run
+from lazyreplica_vfs.pragmas import SETTABLE, answer
 from lazyreplica_vfs.sqlite_errors import LOCK, PRAGMA, READ, as_sqlite
 
 FCNTL_FIND = 0x6C72
@@ -28,8 +32,8 @@ found: dict[int, ReplicaFile] = {}
 class ReplicaFile:
     """One attachment of a replica to a connection. Holds nothing but the snapshot that it has pinned."""
 
-    def __init__(self, replica: Replica, *, locks: bool) -> None:
-        """Takes over one `acquire` of `replica`.
+    def __init__(self, replica: Replica, *, locks: bool, start: tuple[str, str] | None = None) -> None:
+        """Takes over one `acquire` of `replica`, unless it raises. `start`: the moment to show (see `find`).
 
         `locks` is False where SQLite will never lock (``immutable=1``, ``nolock=1``): then the head is pinned now, for
         good, because nothing would say when a read transaction ends.
@@ -37,21 +41,54 @@ class ReplicaFile:
         self.replica = replica
         head = replica.head
         self._lineage = head.lineage.number
-        self._reader = replica.reader()
+        self._locks = True
+        self._pinned: Snapshot | None = None
+        self._past = self.find(*start) if start else None
+        """What is shown instead of the head."""
+        self._reader = replica.reader(self._past)
         self._connection = 0
         self._first: tuple[Snapshot, bytes] | None = None
         """Page 1 as shown for a snapshot: SQLite looks at it at the start of every transaction."""
         self._local: View | None = None
         """The local copy as of what is pinned, if there is one."""
-        self._pinned: Snapshot | None = None
         if not locks:
-            self._pin(replica.begin(self._lineage))
+            self._pin(replica.begin(self._lineage, self._past))
         self._locks = locks
 
     @property
     def snapshot(self) -> Snapshot:
-        """What a pragma or SQL function speaks of: the pinned snapshot in a transaction, else the head."""
-        return self._pinned or self.replica.head
+        """What a pragma or SQL function speaks of: the pinned snapshot in a transaction, else what would be pinned."""
+        return self._pinned or self._past or self.replica.head
+
+    # -- time travel: what this attachment, and no other, shows from its next transaction on --
+
+    def find(self, kind: str, text: str) -> Snapshot | None:
+        """The snapshot of a moment ("time" or "txid", and what the user wrote); None for the newest, whatever comes.
+
+        Raises `ConfigError` when it makes no sense or cannot be shown now, and what `Replica.at` raises.
+        """
+        self._refuse_while_reading()
+        moment = parse_moment(kind, text, time.time_ns() // 1_000_000)
+        return self.replica.at(moment) if moment else None
+
+    def show(self, past: Snapshot | None) -> None:
+        """Show what `find` gave."""
+        self._refuse_while_reading()
+        self._past = past
+        self._reader = self.replica.reader(past)
+
+    def _refuse_while_reading(self) -> None:
+        if self._pinned is None:
+            return
+        if self._locks:
+            raise ConfigError(
+                "the time cannot be set while this connection reads: end its transaction (COMMIT), and finish or close "
+                "every statement that still has rows, then set it"
+            )
+        raise ConfigError(
+            "the time cannot be set on a connection with immutable=1 or nolock=1: give the moment in the URI (time=, "
+            "txid=)"
+        )
 
     # -- locking: SQLite takes SHARED when a read transaction starts, and drops it when it ends --
 
@@ -59,9 +96,9 @@ class ReplicaFile:
         if level > apsw.SQLITE_LOCK_SHARED:
             raise apsw.ReadOnlyError("a Litestream replica is read-only")
         if level == apsw.SQLITE_LOCK_SHARED and self._pinned is None:
-            held = self._held_by_sibling()
+            held = None if self._past else self._held_by_sibling()
             try:
-                self._pin(self.replica.share(held) if held else self.replica.begin(self._lineage))
+                self._pin(self.replica.share(held) if held else self.replica.begin(self._lineage, self._past))
             except LazyReplicaError as exc:
                 raise as_sqlite(exc, LOCK) from exc
 
@@ -82,9 +119,13 @@ class ReplicaFile:
             self.replica.end(snapshot)
 
     def _held_by_sibling(self) -> Snapshot | None:
-        """What another attachment of this replica to the same connection has pinned: both must show one TXID."""
+        """What another attachment of this replica to the same connection has pinned: both must show one TXID.
+
+        Unless it shows a moment of its own.
+        """
         for file in _by_connection.get(self._connection, ()):
-            if file.replica is self.replica and file._locks and file._lineage == self._lineage and file._pinned:
+            alike = file.replica is self.replica and file._lineage == self._lineage
+            if alike and file._locks and file._past is None and file._pinned:
                 return file._pinned
         return None
 
@@ -108,7 +149,7 @@ class ReplicaFile:
             if snapshot is not None:
                 return self._read(snapshot, amount, offset)
             # SQLite peeks at the header without a lock when it opens a database.
-            snapshot = self.replica.begin(self._lineage)
+            snapshot = self.replica.begin(self._lineage, self._past)
             try:
                 return self._read(snapshot, amount, offset)
             finally:
@@ -148,8 +189,8 @@ class ReplicaFile:
         if op == apsw.SQLITE_FCNTL_PRAGMA:
             pragma = apsw.VFSFcntlPragma(pointer)
             try:
-                result = answer(self.replica, self.snapshot, pragma.name, pragma.value)
-            except ConfigError as exc:
+                result = self._answer(pragma.name, pragma.value)
+            except LazyReplicaError as exc:
                 raise as_sqlite(exc, PRAGMA) from exc
             if result is None:
                 return False
@@ -159,6 +200,14 @@ class ReplicaFile:
             found[pointer] = self
             return True
         return False
+
+    def _answer(self, name: str, value: str | None) -> str | None:
+        kind = SETTABLE.get(name.lower())
+        if kind is None or value is None:
+            return answer(self.replica, self.snapshot, name, value)
+        past = self.find(kind, value)
+        when_run(self._connection, name.lower(), partial(self.show, past))
+        return answer(self.replica, past or self.replica.head, name, None)
 
     def _belong_to(self, connection: int) -> None:
         self._leave_connection()

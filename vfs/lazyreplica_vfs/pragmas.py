@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.ltx.name import format_txid
+from lazyreplica.moments import format_ms
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 
 
 def format_time(snapshot: Snapshot) -> str:
     """When the primary wrote the snapshot's last transaction: RFC 3339 in UTC, milliseconds."""
-    try:
-        moment = datetime.fromtimestamp(snapshot.timestamp_ms // 1000, UTC)
-    except (ValueError, OverflowError):
-        return f"{snapshot.timestamp_ms} ms"  # no date: a file that no clock has written
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{snapshot.timestamp_ms % 1000:03d}Z"
+    return format_ms(snapshot.timestamp_ms)
 
 
 _ANSWERS: dict[str, Callable[[Replica, Snapshot], str]] = {
@@ -28,11 +24,14 @@ _ANSWERS: dict[str, Callable[[Replica, Snapshot], str]] = {
     "litestream_hydration_file": lambda replica, _: replica.hydration_file or "",
 }
 
+SETTABLE = {"litestream_time": "time", "litestream_txid": "txid"}
+"""Pragma -> the kind of moment that it takes as its value."""
+
 
 def answer(replica: Replica, snapshot: Snapshot, name: str, value: str | None) -> str | None:
     """The text that pragma `name` gives, or None if it is not one of ours.
 
-    Raises `ConfigError` for a value: these pragmas tell, they do not set.
+    Raises `ConfigError` for a value: those that can be set are `SETTABLE`, and set by the file.
     """
     known = _ANSWERS.get(name.lower())
     if known is None:

@@ -7,6 +7,7 @@ import os
 
 import apsw
 
+from lazyreplica_vfs.deferred import remember
 from lazyreplica_vfs.functions import add_functions
 from lazyreplica_vfs.vfs import LitestreamVFS
 
@@ -22,7 +23,7 @@ def register() -> None:
         return
     _enable_uri_names()
     _vfs = LitestreamVFS()
-    apsw.connection_hooks.append(add_functions)
+    apsw.connection_hooks.extend((remember, add_functions))
 
 
 def _enable_uri_names() -> None:

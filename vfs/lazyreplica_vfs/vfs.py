@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import apsw
 
-from lazyreplica.config import is_configured, resolve
+from lazyreplica.config import is_configured, resolve, starting_point
 from lazyreplica.errors import ConfigError, LazyReplicaError
 from lazyreplica.registry import acquire, release
 from lazyreplica_vfs.file import ReplicaFile
@@ -69,7 +69,8 @@ def _open_replica(name: str | apsw.URIFilename | None) -> ReplicaFile:
     _refuse_strangers(filename, parameters)
     replica = acquire(*resolve(filename, parameters))
     try:
-        return ReplicaFile(replica, locks=not _never_locks(parameters))
+        start = starting_point(filename, parameters)
+        return ReplicaFile(replica, locks=not _never_locks(parameters), start=start)
     except BaseException:
         release(replica)
         raise
