@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lazyreplica.boundary import BoundarySearch
-from lazyreplica.errors import EmptyReplica, FileVanished, LTXError, NoSuchState, ReplicaDamaged, ReplicaGap
+from lazyreplica.errors import FileVanished, LTXError, NoSuchState, ReplicaDamaged, ReplicaGap
 from lazyreplica.layers import Layers, prepare
 from lazyreplica.ltx.header import HEADER_SIZE, Header
 from lazyreplica.ltx.name import format_txid
@@ -106,7 +106,7 @@ class History:
                 with self._lock:
                     chain = self._chain(moment, files)
                 layers = self._layers.open_chain(chain)
-            except (FileVanished, EmptyReplica, ReplicaGap, NoSuchState) as exc:
+            except (FileVanished, ReplicaGap, NoSuchState) as exc:
                 if attempt == _ATTEMPTS or (listed and not isinstance(exc, FileVanished)):
                     raise
                 log.debug("%s: looking for %s again: %s", self._store.url, moment, exc)
@@ -148,13 +148,11 @@ class History:
         try:
             return plan_before(files, older)
         except ReplicaGap as exc:
-            if self._bases(older):
-                raise ReplicaGap(
-                    f"{self._store.url} before {format_ms(moment.ms)}: {exc}; `litestream restore` would silently stop "
-                    "there. PRAGMA litestream_txid takes the TXID of a state that is left"
-                ) from exc
-            raise self._too_old(moment, files) from exc
-        except EmptyReplica as exc:
+            raise ReplicaGap(
+                f"{self._store.url} before {format_ms(moment.ms)}: {exc}; `litestream restore` would silently stop "
+                "there, which can be had with PRAGMA litestream_txid"
+            ) from exc
+        except NoSuchState as exc:
             raise self._too_old(moment, files) from exc
 
     def _bases(self, files: Files) -> list[StoredFile]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lazyreplica.errors import EmptyReplica, ReplicaGap
+from lazyreplica.errors import EmptyReplica, NoSuchState, ReplicaGap
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.storage import SNAPSHOT_LEVEL, StoredFile
 
@@ -47,11 +47,15 @@ def plan(files: Iterable[StoredFile], txid: int | None = None) -> Chain:
 def plan_before(files: Sequence[StoredFile], older: Sequence[StoredFile]) -> Chain:
     """The chain for the newest state that `older` makes: those of `files` that were written before some time.
 
-    A compacted file whose last transaction is too new is out as a whole; lower levels reach closer to the time. Where
-    ``litestream restore -timestamp`` silently ends at missing transactions, this raises `ReplicaGap`: they, too, may
-    have been written before that time. Raises `EmptyReplica` or `ReplicaGap` when `older` makes no state at all.
+    A compacted file whose last transaction is too new is out as a whole; lower levels reach closer to the time, as far
+    as they are left. Where ``litestream restore -timestamp`` silently ends at transactions that are in no file, this
+    raises `ReplicaGap`: they, too, may have been written before that time. Raises `NoSuchState` when `older` makes no
+    state at all.
     """
-    chain = plan(older)
+    try:
+        chain = plan(older, max((file.name.max_txid for file in older), default=0))
+    except (EmptyReplica, ReplicaGap) as exc:
+        raise NoSuchState(str(exc)) from exc
     reached = chain[-1].name.max_txid
     rest = [file for file in files if file.level != SNAPSHOT_LEVEL and file.name.max_txid > reached]
     if rest and not any(file.name.min_txid <= reached + 1 for file in rest):
