@@ -41,9 +41,10 @@ def when_run(pointer: int, pragma: str, effect: Callable[[], None]) -> None:
         )
 
     def on_statement(event: dict[str, Any]) -> None:
-        sql = event["sql"]
-        # Others may run in between only from within a tracer of the user's.
-        if not event["trigger"] and _PRAGMA.match(sql) and pragma in sql.lower():
+        # SQLite marks a trigger's text by a leading "-- ", so APSW takes a statement with such a comment for one.
+        sql = ("-- " if event["trigger"] else "") + event["sql"]
+        # Other statements come in between only from within a tracer of the user's.
+        if _PRAGMA.match(sql) and pragma in sql.lower():
             event["connection"].trace_v2(0, None, id=_ID)
             effect()
 
