@@ -410,8 +410,8 @@ def test_pragmas_cannot_be_set(social: tuple[Path, str]) -> None:
     with open_replica(social[1]) as db:
         before = txid_of(db)
         for sql in (
-            "PRAGMA litestream_txid = 1",
-            "PRAGMA litestream_time('2024-01-01')",
+            "PRAGMA litestream_lag = 1",
+            "PRAGMA litestream_hydration_progress('2024-01-01')",
             "EXPLAIN PRAGMA litestream_lag=1",
         ):
             with pytest.raises(apsw.SQLError, match="can only be read"):

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import History, ReplicaDirectory, SpyStore, pinned, read_page, start, until
+from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, pinned, read_page, start, until
 from replicas import opened as opened_as_it_is
 
 from lazyreplica import fetcher, layers, opening, spans
@@ -24,6 +24,7 @@ from lazyreplica.prefetch import Reader
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import StoredFile
+from lazyreplica.trees import Trees
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,7 @@ class Expecting:
 
     def __init__(self, *pages: int) -> None:
         self.asked = threading.Event()
+        self.trees = Trees(PAGE_SIZE)
         self._pages = pages
 
     def reads(self, pgno: int) -> Iterable[int]:

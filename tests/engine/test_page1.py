@@ -86,9 +86,9 @@ def shown_file() -> tuple[bytes, ReplicaFile]:
     pages = {p: random.Random(p).randbytes(512) for p in range(1, 5)}
     replica = SimpleNamespace(
         head=snapshot,
-        begin=lambda lineage: snapshot,
+        begin=lambda lineage, past: snapshot,
         end=lambda _: None,
-        reader=lambda: None,
+        reader=lambda past: None,
         read=lambda _, pgno, reader: pages[pgno],
     )
     whole = page1.shown(snapshot, pages[1]) + b"".join(pages[p] for p in (2, 3, 4))

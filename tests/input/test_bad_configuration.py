@@ -222,7 +222,7 @@ def test_a_database_needs_a_name() -> None:
 
 def test_writing_a_pragma_is_an_error_that_says_so(replica: Path, history: History) -> None:
     with opened(history.write(replica), **STILL) as connection:
-        for pragma in ("litestream_txid", "litestream_lag", "litestream_hydration_progress"):
+        for pragma in ("litestream_lag", "litestream_hydration_progress", "litestream_hydration_file"):
             with pytest.raises(ConfigError, match="only be read") as caught:
                 connection.execute(f"PRAGMA {pragma} = 5")
             assert isinstance(caught.value, apsw.SQLError)
