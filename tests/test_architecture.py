@@ -16,6 +16,7 @@ ORDER = [
     "results",
     "publish",
     "registry",
+    "export",
     "replica",
     "crawl",
     "opening",

@@ -9,10 +9,10 @@ Importing this package registers the VFS named ``litestream`` with APSW.
 from lazyreplica import errors
 from lazyreplica.config import configure
 from lazyreplica.publish import Published, publish
-from lazyreplica_vfs.connections import connect, refresh, wait_for
+from lazyreplica_vfs.connections import connect, export, refresh, wait_for
 from lazyreplica_vfs.register import register
 
-__all__ = ["Published", "configure", "connect", "errors", "publish", "refresh", "wait_for"]
+__all__ = ["Published", "configure", "connect", "errors", "export", "publish", "refresh", "wait_for"]
 
 __version__ = "0.1.0"
 

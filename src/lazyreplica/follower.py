@@ -69,8 +69,9 @@ class Follower:
         self._set_back = 0
         """Listings in a row that did not hold the transaction we stand on, nor a newer one."""
         self._misses = 0
-        self._listed_at = self._tried_at = now()
-        self._started_at = self._awaited = self._tried_at
+        self._listed_at = self.tried_at = now()
+        """When (`clock.now`) the last listing was asked for, and when the last poll, successful or not, ended."""
+        self._started_at = self._awaited = self.tried_at
         self._failing = False
         """Whether the last poll that ended failed."""
         self._limit = timeout
@@ -87,7 +88,7 @@ class Follower:
     @property
     def idle(self) -> float:
         """Seconds since the last poll, successful or not, ended."""
-        return now() - self._tried_at
+        return now() - self.tried_at
 
     def start(self, interval: float, ours: Callable[[], bool]) -> None:
         """Every `interval` seconds, in a thread: poll, if it is `ours` to do."""
@@ -150,7 +151,7 @@ class Follower:
             succeeded = True
         finally:
             self._failing = not succeeded
-            self._tried_at = now()
+            self.tried_at = now()
             self._lock.release()
 
     def known(self) -> tuple[Lineage, tuple[StoredFile, ...]]:

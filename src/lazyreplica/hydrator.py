@@ -29,6 +29,8 @@ JOIN_TIMEOUT = 5.0
 FOLD_AT = 16 << 20
 """The log is folded into the base when it has grown beyond this many bytes, and beyond half the base."""
 _RETRY = 5.0
+_READER = 0.5
+"""Seconds between two looks whether those readers have ended that keep the log from being folded."""
 
 
 class Hydrator:
@@ -61,6 +63,8 @@ class Hydrator:
         """Whether the finished database has had its chance to appear."""
         self._ended = False
         """Whether the thread has met what it cannot help."""
+        self._pause: float | None = None
+        """Seconds until the thread looks again whether a reader has ended; None where none is waited for."""
         self._thread: threading.Thread | None = None
 
     @property
@@ -119,11 +123,9 @@ class Hydrator:
                 self._restart(after)
         self._wake.set()
 
-    def unpinned(self) -> None:
-        """A read transaction has ended: what it kept out of the base may go in now. Cheap."""
-        copy = self.local.copy
-        if copy is not None and copy.records and self.local.owned:
-            self._wake.set()
+    def wake(self) -> None:
+        """What is shown has changed: the log may be folded further now."""
+        self._wake.set()
 
     def give_up(self, exc: Exception) -> None:
         """What is local is wrong, or the disk does not do its part: use it no more."""
@@ -136,7 +138,7 @@ class Hydrator:
             self._wake.clear()
             try:
                 if self._step():
-                    self._wake.wait()
+                    self._wake.wait(self._pause)
             except Stopped:
                 continue
             except OSError as exc:
@@ -156,6 +158,7 @@ class Hydrator:
     def _step(self) -> bool:
         """The next piece of work; True when there is none."""
         copy, head = self.local.copy, self._head.current
+        self._pause = None
         if copy is None:
             return True
         if not self._leads_here:
@@ -262,6 +265,7 @@ class Hydrator:
         unseen = directory.shared and not directory.published
         if long or (copy.records and (unseen or not copy.base_is_whole)):
             self._fold(copy)
+            self._pause = _READER if copy.records else None
         self._publish()
         self._settled = True
 

@@ -30,7 +30,7 @@ from lazyreplica.errors import (
 from lazyreplica.fetcher import Fetcher
 from lazyreplica.filling import Filler
 from lazyreplica.follower import Follower
-from lazyreplica.head import Head
+from lazyreplica.head import Head, Hold
 from lazyreplica.history import History
 from lazyreplica.hydration import make_hydrator
 from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator
@@ -79,10 +79,12 @@ class Replica:
         self.options = options
         self.url = store.url
         self._store = store
-        self._closed = False
+        self._closed = self._abandoned = False
         self._closing = threading.Event()
         self._damage: list[_Damage] = []
         self._hydrator: Hydrator | None = None
+        self._fresh = -1.0
+        """Seconds after a poll in which a transaction may begin with what the last one saw; negative: never."""
         self.layers = Layers(store, options.read_timeout)
         self._readahead = Readahead(min(store.parallel, _READAHEAD))
         try:
@@ -124,6 +126,7 @@ class Replica:
             self._hydrator.start()
         if opened.far:
             self._readahead.do(lambda: self._warm_up(snapshot), Urgency.WHENEVER)
+        self._set_fresh()
         if options.poll_interval:
             self._follower.start(options.poll_interval, self._may_poll)
         log.debug("opened %s at TXID %s: %d bytes", self.url, format_txid(snapshot.txid), snapshot.size)
@@ -179,12 +182,19 @@ class Replica:
     def _may_poll(self) -> bool:
         """Whether this process is the one that asks the store; else what the one that does has found is taken over."""
         hydrator = self._hydrator
-        if hydrator is None or hydrator.local.owned or hydrator.take_over():
+        if hydrator is None or hydrator.local.owned:
+            return True
+        if hydrator.take_over():
+            self._set_fresh()
             return True
         local = hydrator.local
         if local.outdated:
             self._follower.take(partial(local.follow_log, listing=self._listing), wait=True)
         return now() - local.polled_at > 2 * self.options.poll_interval
+
+    def _set_fresh(self) -> None:
+        # Where another process follows for us, each transaction has to look at what it has found.
+        self._fresh = -1.0 if self._others() else self.options.staleness_limit
 
     def _others(self) -> Attachment | None:
         """The local copy, if another process owns it and follows for us."""
@@ -197,7 +207,7 @@ class Replica:
     @property
     def head(self) -> Snapshot:
         """What a transaction that starts now would see: the newest snapshot, or the fixed one."""
-        return self._head.visible
+        return self._head.shown
 
     @property
     def lag(self) -> float:
@@ -266,6 +276,29 @@ class Replica:
         self._beside[past] = snapshot
         return past
 
+    def hold(self) -> Hold:
+        """For one reader: `begin_again` and `resume` pin with it, without a lock if nothing is new. Ends by `drop`."""
+        return self._head.add_hold()
+
+    def drop(self, hold: Hold) -> None:
+        """The reader has gone."""
+        if not self._abandoned:
+            self._head.drop(hold)
+
+    def resume(self, hold: Hold) -> bool:
+        """Begin another transaction with what `hold` had in the last one, if that is still the newest. 0.3 us."""
+        hold.active = True
+        if hold.snapshot is self._head.shown and now() - self._follower.tried_at <= self._fresh:
+            return True
+        hold.active = False
+        return False
+
+    def begin_again(self, hold: Hold, lineage: int) -> None:
+        """`begin`, pinned by `hold`: setting `hold.active` to False ends it."""
+        snapshot = self.begin(lineage)
+        self._head.hand_over(snapshot, hold)
+        hold.size, hold.view = snapshot.size, self.view(snapshot)
+
     def share(self, snapshot: Snapshot) -> Snapshot:
         """Pin once more what is pinned already."""
         return self._head.pin(snapshot)
@@ -275,8 +308,6 @@ class Replica:
         if self._closed:
             return  # in a forked child the head's lock may be held by a thread that does not exist here
         self._head.unpin(self._beside.pop(snapshot, snapshot))
-        if self._hydrator:
-            self._hydrator.unpinned()
 
     def view(self, snapshot: Snapshot) -> View | None:
         """The local copy as of a pinned snapshot, if there is one: what it has may be read from it directly."""
@@ -355,6 +386,7 @@ class Replica:
         if self._closed:
             return
         self._closed = True
+        self._fresh = -1.0
         self._closing.set()
         self._follower.stop()
         self._readahead.stop()
@@ -368,7 +400,8 @@ class Replica:
 
     def abandon(self) -> None:
         """In a forked child: the threads, the local copy and the sockets are the parent's; use none of them."""
-        self._closed = True
+        self._closed = self._abandoned = True
+        self._fresh = -1.0
         if self._hydrator:
             self._hydrator.abandon()
 
@@ -393,7 +426,7 @@ class Replica:
     def _show_current(self) -> None:
         self._head.show_current()
         if self._hydrator:
-            self._hydrator.unpinned()
+            self._hydrator.wake()
 
     def _catch_up(self) -> bool:
         """For the relocator: know every layer up to the newest, and that the store still holds our history."""

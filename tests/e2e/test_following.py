@@ -99,6 +99,8 @@ for line in sys.stdin:
     lazyreplica.wait_for(db, int(line))
     assert_intact(db)
     print(wait_hydrated(db), flush=True)
+    lazyreplica.export(db, path + ".export")
+    print("exported", flush=True)
 db.close()
 """
 
@@ -120,7 +122,8 @@ db.close()
         self._process.stdin.write(f"{txid}\n")
         self._process.stdin.flush()
         assert self._process.stdout.readline() == f"{self._path}\n"
-        with closing(sqlite3.connect(f"file:{self._path}?immutable=1", uri=True)) as local:
+        assert self._process.stdout.readline() == "exported\n"
+        with closing(sqlite3.connect(f"file:{self._path}.export?immutable=1", uri=True)) as local:
             assert_intact(local)
             assert assert_same_rows(source, local) > 500
 
@@ -130,7 +133,7 @@ db.close()
     def __exit__(self, *_: object) -> None:
         self._process.communicate(timeout=20)
         assert self._process.returncode == 0
-        assert not self._path.exists()
+        assert file_digest(self._path) == file_digest(Path(f"{self._path}.export")), "a clean close folds the log in"
 
 
 def test_schema_changes_arrive_under_open_connections_and_prepared_statements(

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replicas import ReplicaDirectory, make_layer, make_snapshot, opened, start
 
+from lazyreplica.head import Hold
 from lazyreplica.snapshot import Lineage
 from lazyreplica_vfs import page1
 from lazyreplica_vfs.file import ReplicaFile
@@ -89,6 +90,8 @@ def shown_file() -> tuple[bytes, ReplicaFile]:
         begin=lambda lineage, past: snapshot,
         end=lambda _: None,
         reader=lambda past: None,
+        hold=Hold,
+        resume=lambda hold: False,
         read=lambda _, pgno, reader: pages[pgno],
     )
     whole = page1.shown(snapshot, pages[1]) + b"".join(pages[p] for p in (2, 3, 4))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 import apsw
 
 from lazyreplica.config import Options
+from lazyreplica.export import export_snapshot
 from lazyreplica.ltx.name import format_txid, parse_txid
 from lazyreplica_vfs.file import file_of
 
@@ -43,6 +46,18 @@ def refresh(connection: apsw.Connection, schema: str = "main") -> str:
     replica = file_of(connection, schema).replica
     replica.refresh()
     return format_txid(replica.head.txid)
+
+
+def export(connection: apsw.Connection, path: str | os.PathLike[str], schema: str = "main") -> str:
+    """Write what the connection sees to a plain SQLite database file at `path`, and return its TXID (16 hex digits).
+
+    In a read transaction that is what it has pinned, else the newest state. The file appears whole, in place of one
+    that is there. Raises `OSError`, `StoreError` and its kin.
+    """
+    file = file_of(connection, schema)
+    with file.pinned() as snapshot:
+        export_snapshot(file.replica, snapshot, Path(path))
+        return format_txid(snapshot.txid)
 
 
 def wait_for(connection: apsw.Connection, txid: int | str, timeout: float = 10.0, schema: str = "main") -> None:

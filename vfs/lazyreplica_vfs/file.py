@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import apsw
 
 from lazyreplica.errors import ConfigError, LazyReplicaError
-from lazyreplica.local.copy import View
 from lazyreplica.moments import parse_moment
 from lazyreplica.registry import release
 from lazyreplica.replica import Replica
@@ -21,6 +23,8 @@ from lazyreplica_vfs.sqlite_errors import LOCK, PRAGMA, READ, as_sqlite
 
 FCNTL_FIND = 0x6C72
 """A file control of our own (SQLite leaves those above 100 to VFSes): "which file object is this schema?"."""
+
+_NONE, _SHARED = apsw.SQLITE_LOCK_NONE, apsw.SQLITE_LOCK_SHARED
 
 _by_connection: dict[int, list[ReplicaFile]] = {}
 """sqlite3* -> its open replicas. SQLite's connection mutex keeps one connection's entry to one thread at a time."""
@@ -42,23 +46,45 @@ class ReplicaFile:
         head = replica.head
         self._lineage = head.lineage.number
         self._locks = True
-        self._pinned: Snapshot | None = None
+        self._hold = replica.hold()
+        """Pins the head in ordinary transactions."""
+        self._kept: Snapshot | None = None
+        """What is pinned otherwise: a moment of the past, what another attachment has pinned, or the head for good."""
+        self._resume = replica.resume
+        self._single = True
+        """Whether this is the only replica of its connection."""
         self._past = self.find(*start) if start else None
         """What is shown instead of the head."""
         self._reader = replica.reader(self._past)
         self._connection = 0
-        self._first: tuple[Snapshot, bytes] | None = None
-        """Page 1 as shown for a snapshot: SQLite looks at it at the start of every transaction."""
-        self._local: View | None = None
-        """The local copy as of what is pinned, if there is one."""
+        self._first: tuple[Snapshot, bytes, bytes] | None = None
+        """Page 1 as shown for a snapshot, and the 16 bytes of it that SQLite looks at in every transaction."""
         if not locks:
-            self._pin(replica.begin(self._lineage, self._past))
+            self._keep(replica.begin(self._lineage, self._past))
         self._locks = locks
+        self._plain = locks and self._past is None
+        """Whether it shows the head, alone on its connection: a transaction may begin with what the last one saw."""
+
+    @property
+    def _pinned(self) -> Snapshot | None:
+        return self._hold.snapshot if self._hold.active else self._kept
 
     @property
     def snapshot(self) -> Snapshot:
         """What a pragma or SQL function speaks of: the pinned snapshot in a transaction, else what would be pinned."""
         return self._pinned or self._past or self.replica.head
+
+    @contextmanager
+    def pinned(self) -> Iterator[Snapshot]:
+        """What a transaction sees, or would see, pinned while the block runs."""
+        held = self._pinned
+        past = None if held else self._past
+        snapshot = self.replica.begin(self._lineage, past) if held is None else held
+        try:
+            yield snapshot
+        finally:
+            if held is None:
+                self.replica.end(snapshot)
 
     # -- time travel: what this attachment, and no other, shows from its next transaction on --
 
@@ -75,6 +101,8 @@ class ReplicaFile:
         """Show what `find` gave."""
         self._refuse_while_reading()
         self._past = past
+        self._hold.snapshot = self._hold.view = None
+        self._plain = self._single and past is None
         self._reader = self.replica.reader(past)
 
     def _refuse_while_reading(self) -> None:
@@ -93,29 +121,45 @@ class ReplicaFile:
     # -- locking: SQLite takes SHARED when a read transaction starts, and drops it when it ends --
 
     def xLock(self, level: int) -> None:
-        if level > apsw.SQLITE_LOCK_SHARED:
+        """0.4 us where nothing has come since the last transaction."""
+        if level == _SHARED and self._plain and self._resume(self._hold):
+            return
+        if level > _SHARED:
             raise apsw.ReadOnlyError("a Litestream replica is read-only")
-        if level == apsw.SQLITE_LOCK_SHARED and self._pinned is None:
-            held = None if self._past else self._held_by_sibling()
+        if level == _SHARED and self._pinned is None:
             try:
-                self._pin(self.replica.share(held) if held else self.replica.begin(self._lineage, self._past))
+                self._begin()
             except LazyReplicaError as exc:
                 raise as_sqlite(exc, LOCK) from exc
 
+    def _begin(self) -> None:
+        held = None if self._past else self._held_by_sibling()
+        if held is not None:
+            self._keep(self.replica.share(held))
+        elif self._past is not None:
+            self._keep(self.replica.begin(self._lineage, self._past))
+        else:
+            self.replica.begin_again(self._hold, self._lineage)
+
+    def _keep(self, snapshot: Snapshot) -> None:
+        self._kept = snapshot
+        self._hold.view = self.replica.view(snapshot)
+        self._hold.size = snapshot.size
+
     def xUnlock(self, level: int) -> None:
-        if level == apsw.SQLITE_LOCK_NONE and self._locks:
-            self._unpin()
+        if level == _NONE and self._locks:
+            self._hold.active = False
+            if self._kept is not None:
+                self._unpin()
 
     def xCheckReservedLock(self) -> bool:
         return False
 
-    def _pin(self, snapshot: Snapshot) -> None:
-        self._pinned = snapshot
-        self._local = self.replica.view(snapshot)
-
     def _unpin(self) -> None:
-        if self._pinned is not None:
-            snapshot, self._pinned, self._local = self._pinned, None, None
+        self._hold.active = False
+        if self._kept is not None:
+            snapshot, self._kept = self._kept, None
+            self._hold.snapshot = self._hold.view = None
             self.replica.end(snapshot)
 
     def _held_by_sibling(self) -> Snapshot | None:
@@ -136,14 +180,21 @@ class ReplicaFile:
 
         A page that is local and has not changed since the copy's base is a slice of a mapping.
         """
-        local = self._local
+        hold = self._hold
+        local = hold.view
         if local is not None and amount == local.page_size and offset:
+            if local.whole:
+                return local.pages[offset : offset + amount]
             pgno = offset // amount + 1
             try:
                 if pgno not in local.changed and local.present[pgno - 1]:
                     return local.pages[offset : offset + amount]
             except IndexError:  # beyond the base
                 pass
+        elif amount == 16 and offset == 24:
+            first = self._first
+            if first is not None and first[0] is hold.snapshot and hold.active:
+                return first[2]
         snapshot = self._pinned
         try:
             if snapshot is not None:
@@ -159,7 +210,7 @@ class ReplicaFile:
 
     def xFileSize(self) -> int:
         """Bytes: what the last file of the chain says, whatever older files hold beyond it."""
-        return self.snapshot.size
+        return self._hold.size if self._hold.active else self.snapshot.size
 
     def _read(self, snapshot: Snapshot, amount: int, offset: int) -> bytes:
         size = snapshot.page_size
@@ -177,7 +228,8 @@ class ReplicaFile:
 
     def _page_1(self, snapshot: Snapshot) -> bytes:
         if self._first is None or self._first[0] is not snapshot:
-            self._first = (snapshot, page1.shown(snapshot, self.replica.read(snapshot, 1, self._reader)))
+            page = page1.shown(snapshot, self.replica.read(snapshot, 1, self._reader))
+            self._first = (snapshot, page, page[24:40])
         return self._first[1]
 
     # -- the rest of sqlite3_io_methods --
@@ -212,12 +264,15 @@ class ReplicaFile:
     def _belong_to(self, connection: int) -> None:
         self._leave_connection()
         self._connection = connection
-        _by_connection.setdefault(connection, []).append(self)
+        files = _by_connection.setdefault(connection, [])
+        files.append(self)
+        _count(files)
 
     def _leave_connection(self) -> None:
         files = _by_connection.get(self._connection, [])
         if self in files:
             files.remove(self)
+            _count(files)
             if not files:
                 _by_connection.pop(self._connection, None)
 
@@ -240,7 +295,24 @@ class ReplicaFile:
     def xClose(self) -> None:
         self._leave_connection()
         self._unpin()
+        self.replica.drop(self._hold)
         release(self.replica)
+
+
+def _count(files: list[ReplicaFile]) -> None:
+    for file in files:
+        file._single = len(files) == 1
+        file._plain = file._single and file._locks and file._past is None
+
+
+def _after_fork_in_child() -> None:
+    """What the parent's copy shows may change under a pin that the parent does not know of."""
+    for files in _by_connection.values():
+        for file in files:
+            file._hold.view = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def file_of(connection: apsw.Connection, schema: str) -> ReplicaFile:

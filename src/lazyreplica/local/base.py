@@ -30,6 +30,8 @@ class Base:
         self.page_size = page_size
         self.commit = commit
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if create else 0)
+        self.whole = False
+        """Whether it is known that every page is here (but the lock page, which is all zero)."""
         self._fd = self._presence_fd = -1
         self._fd = os.open(path, flags, 0o600)
         self._presence_fd = os.open(presence_path, flags, 0o600)
@@ -61,6 +63,7 @@ class Base:
 
     def forget(self, pgnos: Iterable[int]) -> None:
         """Those pages are not there any more."""
+        self.whole = False
         present = self.present
         for pgno in pgnos:
             present[pgno - 1] = 0
@@ -99,6 +102,7 @@ class Base:
 
     def resize(self, commit: int) -> None:
         """The database has `commit` pages. The files only grow: see `trim`. Raises `OSError`."""
+        self.whole = False
         grows = commit > self.commit
         self.commit = commit
         if grows:
@@ -132,11 +136,12 @@ class Base:
 
 def pwrite_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`. Raises `OSError`."""
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view = view[written:]
-        offset += written
+    with memoryview(data) as whole:
+        view = whole
+        while view:
+            written = os.pwrite(fd, view, offset)
+            view = view[written:]
+            offset += written
 
 
 def copy_range(source: int, target: int, start: int, end: int) -> None:

@@ -29,7 +29,7 @@ Versions = tuple[tuple[int, int], ...]
 class View:
     """The copy as of one TXID. Immutable, but that absent pages may appear."""
 
-    __slots__ = ("_log", "changed", "page_size", "pages", "present", "txid")
+    __slots__ = ("_log", "changed", "page_size", "pages", "present", "txid", "whole")
 
     def __init__(self, txid: int, base: Base, log: DeltaLog, changed: dict[int, Versions]) -> None:
         self.txid: Final = txid
@@ -40,6 +40,8 @@ class View:
         """Of each page, at p - 1, whether the base has it."""
         self.changed: Final = changed
         """Pages with versions in the log."""
+        self.whole: Final = base.whole and not changed
+        """Whether every page is in the base."""
         self._log = log
 
     def page(self, pgno: int) -> bytes | None:
@@ -120,7 +122,11 @@ class LocalCopy:
     @property
     def base_is_whole(self) -> bool:
         """Whether the base has every page of its own state: one that is newer in the log may never have come."""
-        return all(pgno == self.lock_pgno for pgno in self.base.absent())
+        base = self.base
+        if not base.whole:
+            base.whole = all(pgno == self.lock_pgno for pgno in base.absent())
+            self._view = None
+        return base.whole
 
     def present(self) -> int:
         """About how many pages of the newest state are here."""
