@@ -1,0 +1,101 @@
+"""How to read one file of a bulk job: whole, or only the stretches that hold what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lazyreplica.bulkjob import BulkFile
+from lazyreplica.bulkpieces import PIECE, Piece
+from lazyreplica.errors import LTXError
+from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header
+from lazyreplica.ltx.index import PageIndex, locate_index
+from lazyreplica.storage import Store, StoredFile
+
+LARGE = 8 << 20
+"""Bytes: what is smaller is read whole, in no more time than its index would take to look at."""
+_TAIL = 128 << 10
+_GAP = 64 << 10
+"""Two wanted frames closer than this many bytes are one range: bytes are cheaper than a round trip."""
+
+Frame = tuple[int, int, int]
+"""Page number, offset, size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The pieces of a file to read."""
+
+    pieces: tuple[Piece, ...]
+    frames: tuple[tuple[Frame, ...], ...] | None = None
+    """What is wanted of each piece; None: the pieces are the whole file."""
+
+
+def check_header(header: Header, file: StoredFile, page_size: int) -> None:
+    """Raise `LTXError` unless that can be the header of `file`."""
+    if header.name != file.name:
+        raise LTXError(f"header of {file} says it is {header.name}")
+    if header.page_size != page_size:
+        raise LTXError(f"header of {file} has page size {header.page_size}, expected {page_size}")
+
+
+def plan_whole(file: StoredFile) -> Plan:
+    """All of it."""
+    offsets = range(0, file.size, PIECE)
+    return Plan(tuple(Piece(file, offset, min(PIECE, file.size - offset)) for offset in offsets))
+
+
+def plan(store: Store, wanted: BulkFile, page_size: int, timeout: float) -> Plan:
+    """The cheapest way to what is wanted.
+
+    A file's checksum can be verified only when it is read whole, so this is the way unless it would be twice the
+    bytes. May have to read the page index: raises `LTXError` and what `Store.read` raises.
+    """
+    file = wanted.file
+    # Pages are at most what the bitmap has bits: with half of them set, half of the file is wanted.
+    if file.size < LARGE or 2 * wanted.count >= 8 * len(wanted.wanted):
+        return plan_whole(file)
+    check_header(header := Header.parse(store.read(file, 0, HEADER_SIZE, timeout)), file, page_size)
+    frames = tuple(_frames(_read_index(store, file, header, timeout), wanted))
+    if len(frames) != wanted.count:
+        raise LTXError(f"{file} holds {len(frames)} of {wanted.count} wanted pages")
+    if 2 * sum(size for _, _, size in frames) >= file.size:
+        return plan_whole(file)
+    grouped = tuple(_group(frames))
+    return Plan(tuple(_piece(file, group) for group in grouped), grouped)
+
+
+def _read_index(store: Store, file: StoredFile, header: Header, timeout: float) -> PageIndex:
+    length = min(_TAIL, file.size)
+    tail = store.read(file, file.size - length, length, timeout)
+    start, size = locate_index(tail, file.size)
+    if size + TRAILER_SIZE > length:
+        tail = store.read(file, start, size + TRAILER_SIZE - length, timeout) + tail
+    return PageIndex.parse(tail[-size - TRAILER_SIZE : -TRAILER_SIZE], header=header, file_size=file.size)
+
+
+def _frames(index: PageIndex, wanted: BulkFile) -> Iterator[Frame]:
+    table = wanted.page_table()
+    for frame in index.frames(0, len(index)):
+        if frame[0] >= len(table):
+            break
+        if table[frame[0]]:
+            yield frame
+
+
+def _group(frames: Iterable[Frame]) -> Iterator[tuple[Frame, ...]]:
+    """Frames that are worth one request together."""
+    group: list[Frame] = []
+    for frame in frames:
+        _, offset, size = frame
+        if group and (offset - group[-1][1] - group[-1][2] > _GAP or offset + size - group[0][1] > PIECE):
+            yield tuple(group)
+            group = []
+        group.append(frame)
+    if group:
+        yield tuple(group)
+
+
+def _piece(file: StoredFile, group: tuple[Frame, ...]) -> Piece:
+    start, (_, offset, size) = group[0][1], group[-1]
+    return Piece(file, start, offset + size - start)
