@@ -101,7 +101,7 @@ class FileGone:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The job has ended early: `StoreError`, `ConfigError`, `WorkerLost`; `OSError` of the database or presence file."""
+    """The job has ended early: `StoreError`, `ConfigError`, `WorkerLost`, or `OSError` of one of the local files."""
 
     exception: Exception
 
