@@ -49,6 +49,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 2.0
+_END_SECONDS = 1.0
 _PAUSE, _RESUME = b"p", b"r"
 _PYTHON = re.compile(r"(python|pypy)[\w.-]*", re.IGNORECASE)
 _BOOTSTRAP = """
@@ -77,6 +78,7 @@ class BulkLoader:
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._attend, name="lazyreplica-bulk", daemon=True)
+        self._last_words = ""
         self._lock = threading.Lock()
         """Guards what follows, and is not held for long."""
         self._listening = False
@@ -85,20 +87,17 @@ class BulkLoader:
         self._stopped = False
 
     def start(self) -> None:
-        """Start the process. Once. Raises `OSError` if that cannot be done here."""
-        process = subprocess.Popen(
-            _command(),
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self._process = process
+        """Start the process, unless it is stopped already. Once. Raises `OSError` if that cannot be done here."""
+        with self._lock:
+            if self._stopped:
+                return
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(_command(), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
         try:
             self._thread.start()
         except RuntimeError as exc:  # no more threads, or the interpreter is ending
-            process.kill()
-            _end(process)
+            self._process.kill()
+            _end(self._process)
             raise OSError(f"the bulk loader cannot be attended to: {exc}") from exc
 
     def pause(self) -> None:
@@ -111,13 +110,16 @@ class BulkLoader:
 
     def stop(self) -> None:
         """End the process, at once; `events` end without another word. May be called at any time, and again."""
+        if os.getpid() != self._owner:
+            return  # in a forked child: the process is the parent's, and so may be a lock that is held
         with self._lock:
             self._stopped = True
-        if self._process is None or os.getpid() != self._owner:
-            return  # nothing to stop; or a forked child, whose parent's process it is
-        self._process.kill()
-        # Events may be taken by the garbage collector's whim in any thread.
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            process = self._process
+        if process is None:
+            self._events.put(None)
+            return
+        process.kill()
+        if self._thread.ident is not None:
             self._thread.join(_JOIN_SECONDS)
 
     def events(self) -> Iterator[Event]:
@@ -159,12 +161,11 @@ class BulkLoader:
         finally:
             with self._lock:
                 self._listening = False
-            process.kill()
             status = _end(process)
-            with self._lock:
-                if left and not self._stopped:
-                    ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-                    self._events.put(Failed(WorkerLost(f"the bulk worker {ended} with {left} files to go")))
+            if left and not self._stopped:
+                ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+                said = f"; its last words: {self._last_words}" if self._last_words else ""
+                self._events.put(Failed(WorkerLost(f"the bulk worker {ended} with {left} files to go{said}")))
             self._events.put(None)
 
     def _give_job(self, process: subprocess.Popen[bytes]) -> None:
@@ -196,16 +197,21 @@ class BulkLoader:
                         if key.fileobj is process.stdout:
                             yield decode_event(bytes(line))
                         else:
-                            log.debug("bulk worker: %s", line.decode(errors="replace"))
+                            self._last_words = line.decode(errors="replace")
+                            log.debug("bulk worker: %s", self._last_words)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process that was killed; its status."""
+    """Wait for a process that has ended or is about to; its status. Its input is its life."""
     pipes: list[IO[bytes] | None] = [process.stdin, process.stdout, process.stderr]
     for pipe in pipes:
         if pipe is not None:
             pipe.close()
-    return process.wait()
+    try:
+        return process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _command() -> list[str]:

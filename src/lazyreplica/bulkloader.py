@@ -10,11 +10,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from lazyreplica.bulkjob import BulkJob, Event, FileDamaged, FileDone, FileGone, Progress
 from lazyreplica.bulkpages import PageFile
 from lazyreplica.bulkpieces import Piece, PieceReader
-from lazyreplica.bulkplan import Frame, Plan, check_header, plan, plan_whole
+from lazyreplica.bulkplan import Plan, check_header, plan, plan_whole
 from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError
 from lazyreplica.ltx.decoder import StreamDecoder
 from lazyreplica.ltx.frame import decode_frame
@@ -22,6 +23,8 @@ from lazyreplica.storage import Store
 
 _SLICE = 256 << 10
 """Bytes of a file that are decoded at a time: half a millisecond, and what they become stays in the CPU's cache."""
+_BATCH = 512 << 10
+"""Bytes of pages that are written at once."""
 _REPORT = 0.05
 """Seconds between two reports of progress."""
 
@@ -93,11 +96,12 @@ class Loader:
         if not isinstance(found, Plan):
             raise found
         del self._plans[index]
-        if found.frames is None:
+        if found.stretches is None:
             self._load_whole(index, found, pieces)
         else:
-            for frames in found.frames:
-                self._load_frames(frames, next(pieces))
+            table = self._job.files[index].page_table()
+            for span in found.stretches.spans:
+                self._load_stretch(found.stretches.index.frames(*span), next(pieces), table)
 
     def _load_whole(self, index: int, found: Plan, pieces: Iterator[memoryview]) -> None:
         """Decode all of the file, write what is wanted, verify the file's checksum."""
@@ -113,41 +117,45 @@ class Loader:
                 if first is not None:
                     assert decoder.header is not None, "it comes before the pages"
                     check_header(decoder.header, wanted.file, self._job.page_size)
-                    self._write(first, pages, table)
+                    self._write(chain((first,), pages), table)
                 self._count(0, min(_SLICE, len(piece) - start))
         decoder.close()
         if self._present != wanted.count:
             raise LTXError(f"{wanted.file} holds {self._present} of {wanted.count} wanted pages")
 
-    def _write(self, first: tuple[int, bytes], pages: Iterable[tuple[int, bytes]], table: bytes) -> None:
-        """Write those of `first` and `pages` that the table has, neighbours together."""
-        start, size = 0, len(table)
-        run: list[bytes] = []
-        for pgno, page in (first, *pages):
-            if pgno < size and table[pgno]:
-                if pgno != start + len(run):
-                    self._write_run(start, run)
-                    start, run = pgno, []
-                run.append(page)
-        self._write_run(start, run)
+    def _load_stretch(self, frames: Iterable[tuple[int, int, int]], piece: memoryview, table: bytes) -> None:
+        """Decode and write what is wanted of frames (page number, offset, size) that follow one another."""
+        page_size, base = self._job.page_size, 0
 
-    def _load_frames(self, frames: tuple[Frame, ...], piece: memoryview) -> None:
-        base = frames[0][1]
-        start = 0
-        run: list[bytes] = []
-        for pgno, offset, size in frames:
-            page = decode_frame(piece[offset - base : offset - base + size], pgno, self._job.page_size)
-            if pgno != start + len(run) or len(run) * len(page) >= _SLICE:
-                self._write_run(start, run)
-                start, run = pgno, []
-                self._gate.wait()
-            run.append(page)
-        self._write_run(start, run)
+        def decode() -> Iterator[tuple[int, bytes]]:
+            nonlocal base
+            for pgno, offset, size in frames:
+                base = base or offset
+                if table[pgno]:
+                    yield pgno, decode_frame(piece[offset - base : offset - base + size], pgno, page_size)
+
+        self._write(decode(), table)
         self._count(0, len(piece))
 
-    def _write_run(self, first: int, run: list[bytes]) -> None:
+    def _write(self, pages: Iterable[tuple[int, bytes]], table: bytes) -> None:
+        """Write those of the pages that the table has, neighbours together."""
+        most, size = max(1, _BATCH // self._job.page_size), len(table)
+        expected = limit = 0
+        run: list[bytes] = []
+        for pgno, page in pages:
+            if pgno < size and table[pgno]:
+                if pgno != expected or pgno == limit:
+                    self._write_run(expected, run)
+                    run, limit = [], pgno + most
+                run.append(page)
+                expected = pgno + 1
+        self._write_run(expected, run)
+
+    def _write_run(self, end: int, run: list[bytes]) -> None:
+        """Write neighbours, up to page `end`, exclusive."""
         if run:
-            self._target.write(first, run)
+            self._gate.wait()
+            self._target.write(end - len(run), run)
             self._present += len(run)
             self._count(len(run), 0)
 

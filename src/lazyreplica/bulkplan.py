@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lazyreplica.bulkjob import BulkFile
@@ -18,8 +19,13 @@ _TAIL = 128 << 10
 _GAP = 64 << 10
 """Two wanted frames closer than this many bytes are one range: bytes are cheaper than a round trip."""
 
-Frame = tuple[int, int, int]
-"""Page number, offset, size."""
+
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """Which frames lie in each piece of a file that is not read whole: positions in its index, the end exclusive."""
+
+    index: PageIndex
+    spans: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,8 @@ class Plan:
     """The pieces of a file to read."""
 
     pieces: tuple[Piece, ...]
-    frames: tuple[tuple[Frame, ...], ...] | None = None
-    """What is wanted of each piece; None: the pieces are the whole file."""
+    stretches: Stretches | None = None
+    """None: the pieces are the whole file."""
 
 
 def check_header(header: Header, file: StoredFile, page_size: int) -> None:
@@ -56,13 +62,17 @@ def plan(store: Store, wanted: BulkFile, page_size: int, timeout: float) -> Plan
     if file.size < LARGE or 2 * wanted.count >= 8 * len(wanted.wanted):
         return plan_whole(file)
     check_header(header := Header.parse(store.read(file, 0, HEADER_SIZE, timeout)), file, page_size)
-    frames = tuple(_frames(_read_index(store, file, header, timeout), wanted))
-    if len(frames) != wanted.count:
-        raise LTXError(f"{file} holds {len(frames)} of {wanted.count} wanted pages")
-    if 2 * sum(size for _, _, size in frames) >= file.size:
+    index = _read_index(store, file, header, timeout)
+    table = wanted.page_table()
+    positions = array("I", (at for at, pgno in enumerate(index.pgnos) if pgno < len(table) and table[pgno]))
+    if len(positions) != wanted.count:
+        raise LTXError(f"{file} holds {len(positions)} of {wanted.count} wanted pages")
+    offsets = index.offsets
+    if 2 * sum(offsets[at + 1] - offsets[at] for at in positions) >= file.size:
         return plan_whole(file)
-    grouped = tuple(_group(frames))
-    return Plan(tuple(_piece(file, group) for group in grouped), grouped)
+    spans = tuple(_spans(positions, offsets))
+    pieces = tuple(Piece(file, offsets[first], offsets[end] - offsets[first]) for first, end in spans)
+    return Plan(pieces, Stretches(index, spans))
 
 
 def _read_index(store: Store, file: StoredFile, header: Header, timeout: float) -> PageIndex:
@@ -74,28 +84,12 @@ def _read_index(store: Store, file: StoredFile, header: Header, timeout: float) 
     return PageIndex.parse(tail[-size - TRAILER_SIZE : -TRAILER_SIZE], header=header, file_size=file.size)
 
 
-def _frames(index: PageIndex, wanted: BulkFile) -> Iterator[Frame]:
-    table = wanted.page_table()
-    for frame in index.frames(0, len(index)):
-        if frame[0] >= len(table):
-            break
-        if table[frame[0]]:
-            yield frame
-
-
-def _group(frames: Iterable[Frame]) -> Iterator[tuple[Frame, ...]]:
-    """Frames that are worth one request together."""
-    group: list[Frame] = []
-    for frame in frames:
-        _, offset, size = frame
-        if group and (offset - group[-1][1] - group[-1][2] > _GAP or offset + size - group[0][1] > PIECE):
-            yield tuple(group)
-            group = []
-        group.append(frame)
-    if group:
-        yield tuple(group)
-
-
-def _piece(file: StoredFile, group: tuple[Frame, ...]) -> Piece:
-    start, (_, offset, size) = group[0][1], group[-1]
-    return Piece(file, start, offset + size - start)
+def _spans(positions: array[int], offsets: array[int]) -> Iterator[tuple[int, int]]:
+    """First and end of the frames that are worth one request together."""
+    first = end = positions[0]
+    for at in positions:
+        if offsets[at] - offsets[end] > _GAP or offsets[at + 1] - offsets[first] > PIECE:
+            yield first, end
+            first = at
+        end = at + 1
+    yield first, end

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import threading
 
 from lazyreplica.bulkjob import Event, Failed, encode_event, read_job
@@ -71,19 +70,20 @@ def main(parent_pid: int) -> None:
     gate = threading.Event()
     gate.set()
     try:
-        job = read_job(parent.read_exactly)
-        threading.Thread(target=parent.obey, args=(gate,), daemon=True).start()
-        store = open_store(job.url)
-        reader = PieceReader(store, job.connections, job.timeout, gate)
-        reader.prepare()
-        from lazyreplica.bulkloader import Loader  # takes as long as a handshake: meanwhile
-
-        Loader(job, store, reader, gate, parent.tell).run()
+        _work(parent, gate)
     except Exception as exc:  # noqa: BLE001 (told to the parent, which raises or reports it)
         parent.tell(Failed(exc))
-    # Threads that still read what nobody wants any more need no waiting for.
-    os._exit(0)
+    finally:
+        # Threads that still read what nobody wants any more need no waiting for.
+        os._exit(0)
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
+def _work(parent: Parent, gate: threading.Event) -> None:
+    job = read_job(parent.read_exactly)
+    threading.Thread(target=parent.obey, args=(gate,), daemon=True).start()
+    store = open_store(job.url)
+    reader = PieceReader(store, job.connections, job.timeout, gate)
+    reader.prepare()
+    from lazyreplica.bulkloader import Loader  # takes as long as a handshake: meanwhile
+
+    Loader(job, store, reader, gate, parent.tell).run()

@@ -100,6 +100,16 @@ class Target:
                 assert file.read(self.page_size) == truth[pgno], f"page {pgno}"
         return present
 
+    def watch_the_front(self, truth: dict[int, bytes], seconds: float) -> None:
+        """Read again and again the page that was marked last."""
+        until = time.monotonic() + seconds
+        with self.database.open("rb", 0) as file, self.presence.open("rb", 0) as presence:
+            while time.monotonic() < until:
+                presence.seek(0)
+                front = presence.read(self.count).rfind(1) + 1
+                file.seek((front - 1) * self.page_size)
+                assert file.read(self.page_size) == truth[front], f"page {front}"
+
 
 @contextmanager
 def loading(job: BulkJob) -> Iterator[BulkLoader]:
@@ -500,7 +510,7 @@ def test_what_is_present_is_right_whenever_the_child_is_killed(tmp_path: Path, b
         with loading(target.job(big.directory.url, [(big.file, big.pages)])) as loader:
             events = loader.events()
             next(events)
-            time.sleep(rng.uniform(0, 0.03))
+            target.watch_the_front(big.pages, rng.uniform(0, 0.03))
             os.kill(pid_of(loader), signal.SIGKILL)
             list(events)
             seen.append(len(target.check(big.pages)))
@@ -609,6 +619,28 @@ def test_where_there_is_no_interpreter_to_start(
     with pytest.raises(OSError, match=executable or "is ''"):
         loader.start()
     loader.stop()
+
+
+def test_a_child_that_cannot_begin_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, big: Big) -> None:
+    job = Target.make(tmp_path, 4096, 8).job(big.directory.url, [(big.file, [1])])
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "path", [])
+        loader = BulkLoader(job)
+        loader.start()
+    (failed,) = loader.events()
+    loader.stop()
+    assert isinstance(failed, Failed) and isinstance(failed.exception, WorkerLost)
+    assert "status 1" in str(failed.exception)
+    assert "ModuleNotFoundError" in str(failed.exception)
+
+
+def test_stopped_before_it_starts(tmp_path: Path, big: Big) -> None:
+    target = Target.make(tmp_path, 4096, 8)
+    loader = BulkLoader(target.job(big.directory.url, [(big.file, [1])]))
+    loader.stop()
+    loader.start()
+    assert not list(loader.events())
+    assert not target.present
 
 
 def test_an_application_that_is_frozen_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
