@@ -88,17 +88,20 @@ class BulkLoader:
 
     def start(self) -> None:
         """Start the process, unless it is stopped already. Once. Raises `OSError` if that cannot be done here."""
+        if self._stopped:
+            return
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(_command(), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
         with self._lock:
-            if self._stopped:
-                return
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(_command(), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+            self._process = process
         try:
             self._thread.start()
         except RuntimeError as exc:  # no more threads, or the interpreter is ending
-            self._process.kill()
-            _end(self._process)
+            process.kill()
+            _end(process)
             raise OSError(f"the bulk loader cannot be attended to: {exc}") from exc
+        if self._stopped:  # meanwhile, by somebody who may have found no process
+            process.kill()
 
     def pause(self) -> None:
         """Send no request, decode and write nothing from about now on: requests under way are received to their end."""
