@@ -1,10 +1,8 @@
-"""The rows of a query, printed: as tables in a terminal, as tab-separated lines, or as JSON."""
+"""The rows of a query, printed: as tables in a terminal, as tab-separated lines, or as objects for JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,15 +40,13 @@ def _names(cursor: apsw.Cursor) -> tuple[str, ...]:
     return tuple(column[0] for column in cursor.get_description())
 
 
-def print_json(results: list[Result]) -> None:
-    """One JSON array of objects; columns of equal names get a number."""
-    rows = [
+def as_objects(results: list[Result]) -> list[dict[str, object]]:
+    """Rows as JSON objects; columns of equal names get a number."""
+    return [
         dict(zip(_distinct(result.names), map(_json_value, row), strict=True))
         for result in results
         for row in result.rows
     ]
-    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(rows, ensure_ascii=not unicode, allow_nan=False))
 
 
 def print_tabs(results: list[Result]) -> None:
