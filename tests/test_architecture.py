@@ -14,6 +14,7 @@ ORDER = [
     "__init__",
     "cli",
     "results",
+    "verify",
     "publish",
     "registry",
     "export",
