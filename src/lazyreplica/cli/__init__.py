@@ -20,7 +20,7 @@ import lazyreplica
 from lazyreplica.cli.arguments import UsageError
 from lazyreplica.errors import LazyReplicaError
 
-COMMANDS = ("query", "publish", "verify")
+COMMANDS = ("query", "info", "ltx", "timeline", "verify", "publish")
 """Modules of this package, in the order in which the help shows them."""
 
 

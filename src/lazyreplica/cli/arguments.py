@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lazyreplica.config import OPTION_NAMES
 from lazyreplica.errors import LTXError
 from lazyreplica.ltx.name import parse_txid
+from lazyreplica.storage import LEVELS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +54,10 @@ class _Formatter(argparse.HelpFormatter):
 
 def add_url(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL", help="the replica: s3://bucket/path or file:///dir")
+
+
+def add_level(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--level", type=int, choices=LEVELS, metavar="N", help=f"{what}: 0 to {LEVELS[-1]}")
 
 
 def add_json(parser: argparse.ArgumentParser, what: str) -> None:
