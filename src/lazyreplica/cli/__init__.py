@@ -20,7 +20,7 @@ import lazyreplica
 from lazyreplica.cli.arguments import UsageError
 from lazyreplica.errors import LazyReplicaError
 
-COMMANDS = ("query", "info", "ltx", "timeline", "verify", "publish")
+COMMANDS = ("query", "info", "ltx", "timeline", "dump_file", "verify", "publish")
 """Modules of this package, in the order in which the help shows them."""
 
 
