@@ -18,15 +18,18 @@ import apsw
 
 import lazyreplica
 from lazyreplica.cli.arguments import UsageError
+from lazyreplica.cli.completion import answer_shell
 from lazyreplica.errors import LazyReplicaError
 
-COMMANDS = ("query", "info", "ltx", "timeline", "dump_file", "verify", "publish")
+COMMANDS = ("query", "info", "ltx", "timeline", "dump_file", "verify", "publish", "completion")
 """Modules of this package, in the order in which the help shows them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, or 1 after an error, or 2 for a command line that makes no sense."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    answer_shell(parser)
+    args = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character

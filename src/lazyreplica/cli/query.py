@@ -35,7 +35,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         ],
     )
     add_url(parser)
-    parser.add_argument("sql", metavar="SQL")
+    parser.add_argument("sql", metavar="SQL", help="one statement or several, separated by semicolons")
     add_json(parser, "a JSON array of objects")
     add_options(parser)
 
