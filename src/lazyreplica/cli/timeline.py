@@ -7,6 +7,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import ceil
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from lazyreplica.cli.arguments import add_command, add_json, add_url, txid
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
     if args.json:
         print_json(_as_object(files, chain, holes, dates))
         return 0
-    clock = Clock(files, dates)
+    clock = Clock(dates)
     width = max(out.width, _MARGIN + _NARROW + _COUNTS)
     for drawn in _draw(files, chain, holes, clock, args.by, width, _signs(out)):
         out.print(drawn, highlight=False, no_wrap=True, crop=False, overflow="ignore")
@@ -77,11 +79,11 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
 class Clock:
     """When the primary reached a TXID, as far as the files that are there tell."""
 
-    def __init__(self, files: Sequence[StoredFile], dates: dict[StoredFile, float]) -> None:
+    def __init__(self, dates: dict[StoredFile, float]) -> None:
         earliest: dict[int, float] = {}
-        for file in files:  # of files that end alike the compacted ones are newer objects
+        for file, date in dates.items():  # of files that end alike the compacted ones are newer objects
             end = file.name.max_txid
-            earliest[end] = min(dates[file], earliest.get(end, dates[file]))
+            earliest[end] = min(date, earliest.get(end, date))
         self._txids = sorted(earliest)
         self._times = [earliest[end] for end in self._txids]
         for at in range(len(self._times) - 2, -1, -1):  # a transaction is no younger than the ones after it
@@ -121,19 +123,21 @@ class Axis:
     """The TXID before the first column."""
     high: int
     width: int
+    scale: float
+    """Columns for each unit of `place`."""
 
     def column(self, txid: int) -> int:
         """The column in which the state `txid` is reached."""
-        start, end = self.place(self.low), self.place(self.high)
-        share = (self.place(txid) - start) / (end - start) if end > start else 1.0
-        return min(self.width - 1, max(0, -int(-share * self.width // 1) - 1))
+        if not self.scale:
+            return self.width - 1
+        share = (self.place(txid) - self.place(self.low)) * self.scale
+        return min(self.width - 1, max(0, ceil(share) - 1))
 
     def columns(self, first: int, last: int) -> range:
         """The columns of transactions `first` to `last`, one at least."""
-        start, end = self.place(self.low), self.place(self.high)
-        share = (self.place(max(first - 1, self.low)) - start) / (end - start) if end > start else 0.0
         stop = self.column(last)
-        return range(min(stop, int(share * self.width)), stop + 1)
+        start = (self.place(max(first - 1, self.low)) - self.place(self.low)) * self.scale
+        return range(min(stop, int(start)), stop + 1)
 
 
 def make_axis(files: Sequence[StoredFile], clock: Clock, by: str, width: int) -> Axis:
@@ -142,7 +146,9 @@ def make_axis(files: Sequence[StoredFile], clock: Clock, by: str, width: int) ->
     others = [file.name.min_txid for file in files if file.level != SNAPSHOT_LEVEL]
     low = min([*snapshots, *others]) - 1
     high = max(file.name.max_txid for file in files)
-    return Axis(clock.at if by == "time" else float, low, high, width)
+    place = clock.at if by == "time" else float
+    span = place(high) - place(low)
+    return Axis(place, low, high, width, width / span if span > 0 else 0.0)
 
 
 def draw_level(
@@ -157,18 +163,17 @@ def draw_level(
     ends = [0] * axis.width
     # The chain is drawn last: of a column that both need, the chain is what matters. And ends over lines: a file begins
     # in the column in which the one before it ends.
-    ordered = sorted(files, key=lambda file: file in chain)
-    for file in ordered:
-        if file.level != SNAPSHOT_LEVEL:
-            used = file in chain
-            for column in axis.columns(file.name.min_txid, file.name.max_txid):
-                cells[column] = (heavy.line if used else light.line, used)
-    for file in ordered:
-        used = file in chain
+    ordered = sorted(((file.name, file in chain) for file in files), key=itemgetter(1))
+    if files and files[0].level != SNAPSHOT_LEVEL:
+        for name, used in ordered:
+            cell = (heavy.line if used else light.line, used)
+            for column in axis.columns(name.min_txid, name.max_txid):
+                cells[column] = cell
+    for name, used in ordered:
         signs = heavy if used else light
-        last = axis.column(file.name.max_txid)
+        last = axis.column(name.max_txid)
         ends[last] += 1
-        end = signs.snapshot if file.name.is_snapshot else signs.many if ends[last] > 1 else signs.end
+        end = signs.snapshot if name.is_snapshot else signs.many if ends[last] > 1 else signs.end
         cells[last] = (end, used)
     return cells
 
