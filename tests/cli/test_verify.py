@@ -20,7 +20,7 @@ import lazyreplica
 from lazyreplica.errors import EmptyReplica, LazyReplicaError, LegacyLayout
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, Compression, DatabaseChecksum, FileName, Header, decode_file, encode_file
 from lazyreplica.storage import StoredFile, open_store
-from lazyreplica.verify import FileChecked, ReplicaChecked, find_holes, verify
+from lazyreplica.verify import FileChecked, ReplicaChecked, find_holes, newest_chain, verify
 from support.bank import bank_writer, build_bank
 from support.data import build_social
 from support.litestream import replicating, restore
@@ -262,7 +262,8 @@ def test_the_state_is_what_litestream_restores(bank: Bank, tmp_path: Path) -> No
 
 def test_problems_are_shown_and_status_1(bank: Bank, run: Run, tmp_path: Path) -> None:
     replica = shutil.copytree(bank.replica, tmp_path / "replica")
-    last = max(replica.glob("ltx/0/*.ltx"))
+    stored = newest_chain(open_store(f"file://{replica}").list_all(1).files)[-1]
+    last = replica / "ltx" / str(stored.level) / str(stored.name)
     with last.open("r+b") as file:
         file.seek(-30, os.SEEK_END)
         file.write(b"\xff")
@@ -271,7 +272,7 @@ def test_problems_are_shown_and_status_1(bank: Bank, run: Run, tmp_path: Path) -
     report = run("verify", "--json", f"file://{replica}").json
     assert not report["sound"] and report["integrity_check"] is None
     (problem,) = report["problems"]
-    assert (problem["kind"], problem["file"]) == ("damaged", {"level": 0, "name": last.name})
+    assert (problem["kind"], problem["file"]) == ("damaged", {"level": stored.level, "name": last.name})
 
 
 def test_a_database_that_sqlite_finds_damaged_is_a_problem(run: Run, tmp_path: Path) -> None:
