@@ -59,7 +59,7 @@ class Us:
         for package in (lazyreplica, lazyreplica_vfs):
             for module in walk_packages(package.__path__, f"{package.__name__}."):
                 # The command line needs an extra; botocore (credentials) is imported where it is used, if at all.
-                if module.name != "lazyreplica.cli":
+                if not module.name.startswith("lazyreplica.cli"):
                     import_module(module.name)
 
     def connect(self) -> apsw.Connection:

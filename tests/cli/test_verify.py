@@ -378,3 +378,11 @@ def test_what_is_no_database_is_a_clear_error(bank: Bank, run: Run, tmp_path: Pa
     other = build_social(tmp_path / "other.db", posts=50, page_size=1024)
     assert "pages of 1024 bytes" in run("verify", "--against", other, bank.url).err
     assert issubclass(EmptyReplica, LazyReplicaError)
+
+
+def test_a_path_that_looks_like_markup_is_shown_as_it_is(bank: Bank, run: Run, tmp_path: Path) -> None:
+    replica = shutil.copytree(bank.replica, tmp_path / "[red] app")
+    for command in ("verify", "info"):
+        assert "%5Bred%5D%20app" in run(command, f"file://{str(replica).replace(' ', '%20')}").out
+    done = run("verify", "--against", bank.database, f"file://{str(replica).replace(' ', '%20')}")
+    assert done.status == 0 and "equal to the primary" in done.out

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lazyreplica.cli.arguments import add_command, add_json, add_url
 from lazyreplica.cli.listing import list_files, read_headers
 from lazyreplica.cli.terminal import (
+    format_count,
     format_duration,
     format_size,
     format_time,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
         ("newest TXID", format_txid(last.max_txid)),
         ("written", f"{format_time(last.timestamp_ms / 1000)}, {format_duration(max(lag, 0.0))} ago"),
         ("restorable from", f"TXID {format_txid(first.max_txid)}, {format_time(first.timestamp_ms / 1000)}"),
-        ("newest state", f"{_count(len(chain), 'file')}, {format_size(sum(file.size for file in chain))}"),
+        ("newest state", f"{format_count(len(chain), 'file')}, {format_size(sum(file.size for file in chain))}"),
         ("polling", _describe(polling, interval, dollars=url.startswith("s3:"))),
     ]
     if legacy:
@@ -114,10 +115,6 @@ def _oldest(files: tuple[StoredFile, ...]) -> StoredFile:
 def _dated(header: Header, file: StoredFile) -> Header:
     """The header, with the object's date where it has none of its own."""
     return header if header.timestamp_ms else replace(header, timestamp_ms=round(file.modified * 1000))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _describe(polling: _Polling, interval: float, *, dollars: bool) -> str:

@@ -76,6 +76,11 @@ def print_facts(out: Console, facts: Iterable[tuple[str, str]]) -> None:
     out.print(table)
 
 
+def format_count(number: int, what: str) -> str:
+    """1 file, 2,000 files."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def format_size(size: float) -> str:
     """Bytes for people: 1.4 MiB."""
     if size < 1024:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lazyreplica.cli.arguments import add_command, add_json, add_url, txid
 from lazyreplica.cli.listing import list_files, read_headers
-from lazyreplica.cli.terminal import format_size, format_time, iso_time, print_json
+from lazyreplica.cli.terminal import format_count, format_size, format_time, iso_time, print_json
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.plan import Chain, plan
 from lazyreplica.storage import LEVELS, SNAPSHOT_LEVEL, StoredFile, open_store
@@ -276,16 +276,14 @@ def _explain(chain: Chain, holes: Sequence[Hole], wanted: int | None) -> list[st
         parts.append(f"{count} of level {level}")
     size = format_size(sum(file.size for file in chain))
     which = "The newest state" if wanted is None else "The state"
-    lines.append(f"{which}, TXID {format_txid(reached)}: {_count(len(chain))}, {size} ({', '.join(parts)})")
+    lines.append(
+        f"{which}, TXID {format_txid(reached)}: {format_count(len(chain), 'file')}, {size} ({', '.join(parts)})"
+    )
     if wanted is not None and wanted != reached:
         lines.append(
             f"TXID {format_txid(wanted)} cannot be had: no file ends there. This is the newest one below that can."
         )
     return lines
-
-
-def _count(files: int) -> str:
-    return f"{files:,} file{'' if files == 1 else 's'}"
 
 
 def _as_object(

@@ -13,7 +13,15 @@ import apsw
 
 from lazyreplica.cli.arguments import UsageError, add_command, add_json, add_url
 from lazyreplica.cli.primary import Compared, compare
-from lazyreplica.cli.terminal import format_size, format_time, iso_time, print_json, print_rows, progress_bar
+from lazyreplica.cli.terminal import (
+    format_count,
+    format_size,
+    format_time,
+    iso_time,
+    print_json,
+    print_rows,
+    progress_bar,
+)
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.storage import Store, open_store
 from lazyreplica.verify import Problem, ReplicaChecked, verify
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
                     integrity = check_integrity(path)
             compared = None
             if checked.rebuilt and checked.last is not None and args.against is not None:
-                with err.status(f"comparing with {args.against}"):
+                with err.status("comparing with the primary"):
                     compared = compare(Path(args.against), store, state, checked.last, args.wait)
         sound = not checked.problems and integrity in (None, ["ok"]) and (compared is None or compared.same)
         if args.json:
@@ -166,6 +174,8 @@ def _print(
     integrity: list[str] | None,
     compared: Compared | None,
 ) -> None:
+    from rich.text import Text
+
     last = checked.last
     problems = [(problem.kind, problem.text) for problem in checked.problems]
     if integrity not in (None, ["ok"]):
@@ -175,17 +185,19 @@ def _print(
     if problems:
         print_rows(out, ("problem", "what was found"), problems)
     gone = f" ({checked.vanished} more vanished meanwhile, as compaction does)" if checked.vanished else ""
-    out.print(f"{checked.files} files, {format_size(checked.size)} read{gone}", highlight=False, soft_wrap=True)
+    lines = [Text(f"{format_count(checked.files, 'file')}, {format_size(checked.size)} read{gone}")]
     if last is not None:
         when = f", {format_time(last.timestamp_ms / 1000)}" if last.timestamp_ms else ""
         state = f"newest state: TXID {format_txid(last.max_txid)}{when}, {last.commit} pages of {last.page_size} bytes"
-        out.print(f"{state}, from {len(checked.chain)} files", highlight=False, soft_wrap=True)
+        lines.append(Text(f"{state}, from {format_count(len(checked.chain), 'file')}"))
     if integrity == ["ok"]:
-        out.print("integrity_check: ok", highlight=False)
+        lines.append(Text("integrity_check: ok"))
     if compared is not None and compared.same:
-        out.print(describe(compared), highlight=False, soft_wrap=True)
-    verdict = "[green]sound[/green]" if sound else f"[red]{len(problems)} problems[/red]"
-    out.print(f"{url}: {verdict}", highlight=False, soft_wrap=True)
+        lines.append(Text(describe(compared)))
+    verdict = ("sound", "green") if sound else (format_count(len(problems), "problem"), "red")
+    lines.append(Text.assemble(f"{url}: ", verdict))
+    for line in lines:
+        out.print(line, soft_wrap=True)
 
 
 def describe(compared: Compared) -> str:
