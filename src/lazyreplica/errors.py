@@ -62,6 +62,10 @@ class StoreUnavailable(StoreError):
     """No answer, or only temporary failures, until the deadline."""
 
 
+class Interrupted(StoreError):
+    """Whoever waited for the storage was called off (`Connection.interrupt`). Asked again, it may answer."""
+
+
 class AccessDenied(StoreError):
     """Credentials are missing, wrong, expired, or not allowed to do this."""
 

@@ -21,7 +21,7 @@ from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.spans import FIRST, LIMIT, Place, Span, join
-from lazyreplica.storage import Store
+from lazyreplica.storage import Store, waiting
 from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
@@ -265,7 +265,7 @@ class Fetcher:
         if extent.state is State.HERE:
             return extent.data
         if not self._extents.claim(extent):
-            extent.arrived.wait(patience)
+            waiting.wait(extent.arrived, patience)
             return extent.data or None
         try:
             data = self._read(place.layer, extent.start, extent.end, self._timeout)

@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -45,6 +46,19 @@ class ScriptedServer:
     def url(self, path: str = "app") -> str:
         return f"s3://bucket/{path}?endpoint={self.endpoint}"
 
+    @property
+    def open_connections(self) -> int:
+        with self._lock:
+            return len(self._open)
+
+    def end_connections(self) -> None:
+        """Close all from this side, and wait until that is done."""
+        with self._lock:
+            for connection in self._open:
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # without TLS's own
+        while self.open_connections:
+            time.sleep(0.01)
+
     def __enter__(self) -> ScriptedServer:
         return self
 
@@ -56,7 +70,7 @@ class ScriptedServer:
         with self._lock:
             for connection in self._open:
                 try:
-                    connection.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
                 except OSError:
                     pass
         for thread in list(self._threads):
@@ -80,7 +94,10 @@ class ScriptedServer:
         connection = plain
         try:
             if self._tls is not None:
-                connection = self._tls.wrap_socket(plain, server_side=True)
+                secured = self._tls.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+                with self._lock:  # the plain one is nothing any more
+                    self._open[self._open.index(plain)] = connection = secured
+                secured.do_handshake()
             self._converse(connection)
         except OSError:  # a handshake that the client gave up
             pass
@@ -88,7 +105,7 @@ class ScriptedServer:
             connection.close()
             plain.close()
         with self._lock:
-            self._open.remove(plain)
+            self._open.remove(connection)
 
     def _converse(self, connection: socket.socket) -> None:
         with connection.makefile("rb") as reader:

@@ -10,21 +10,23 @@ import base64
 import contextlib
 import http.client
 import io
-import select
 import socket
 import ssl
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.storage.network_env import Proxy
+from lazyreplica.storage.reach import is_ready, reach
 from lazyreplica.storage.retry import Deadline
+from lazyreplica.storage.waiting import SLICE, can_be_called_off, check
 
-CONNECT_SECONDS = 5.0
+T = TypeVar("T")
 _SILENCE_SECONDS = 10.0
 """An attempt fails when nothing moves for so long: a long deadline must leave time for another."""
 _BUFFER = 64 << 10
@@ -59,25 +61,49 @@ class DeadlineSocket:
         self._users = 1
         sockets.watch(self)
 
-    def _allow(self) -> None:
-        left = self.deadline.left()
-        if left <= 0:
-            raise TimeoutError("the deadline passed")
-        self.sock.settimeout(min(left, _SILENCE_SECONDS))
+    def _wait(self, operation: Callable[..., T], *args: Any) -> T:
+        """The result of an operation of the socket, which may wait until the deadline or a long silence."""
+        left = min(self.deadline.left(), _SILENCE_SECONDS)
+        if left > 0 and not can_be_called_off():
+            self.sock.settimeout(left)
+            return operation(*args)
+        until = Deadline.after(left)
+        while (left := until.left()) > 0:
+            check()
+            self.sock.settimeout(min(left, SLICE))
+            # One that ran out of time has done nothing; TLS goes on where it was.
+            with contextlib.suppress(TimeoutError):
+                return operation(*args)
+        raise TimeoutError("the deadline passed, or nothing moved for long")
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data).cast("B")
         while view:
-            self._allow()
-            view = view[self.sock.send(view) :]
+            view = view[self._wait(self.sock.send, view) :]
 
     def recv_into(self, buffer: Any) -> int:
-        self._allow()
-        return self.sock.recv_into(buffer)
+        return self._wait(self.sock.recv_into, buffer)
 
     def start_tls(self, context: ssl.SSLContext, host: str) -> None:
-        self._allow()
-        self.sock = context.wrap_socket(self.sock, server_hostname=host)
+        secured = context.wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+        self.sock = secured
+        self._wait(secured.do_handshake)
+
+    def is_quiet(self) -> bool:
+        """Whether the server has neither ended the stream nor sent anything that is ours to read."""
+        if not is_ready(self.sock, 0.0):
+            return True
+        if not isinstance(self.sock, ssl.SSLSocket):
+            return False
+        # TLS 1.3 sends session tickets when it likes, most servers right after the handshake. Reading takes them in.
+        self.sock.settimeout(0.0)
+        try:
+            self.sock.recv(1)
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
 
     def makefile(self, _: str) -> io.BufferedReader:
         """For http.client: what a response reads from. The socket is closed when this, too, is closed."""
@@ -153,12 +179,7 @@ class Connection(http.client.HTTPConnection):
         origin, proxy = self._origin, self._origin.proxy
         place = urlsplit(proxy.url) if proxy else None
         host, port = (place.hostname or "", place.port or 80) if place else (origin.host, origin.port)
-        left = deadline.left()
-        if left <= 0:
-            raise TimeoutError("the deadline passed")
-        # As bytes: for a text Python loads its IDNA codec, which takes 5 ms.
-        name = host.encode("ascii" if host.isascii() else "idna")
-        plain = socket.create_connection((name, port), min(CONNECT_SECONDS, left))  # type: ignore[arg-type]
+        plain = reach(host, port, deadline, self._sockets.closed)
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = opened = DeadlineSocket(plain, deadline, self._sockets)
         try:
@@ -207,9 +228,4 @@ class Connection(http.client.HTTPConnection):
         """Whether an idle connection is worth using: for at most `longest` seconds, and not closed by the server."""
         if self.sock is None or self.idle > longest:
             return False
-        # Readable without a request: an end of stream, or something that nobody asked for.
-        if not hasattr(select, "poll"):  # Windows
-            return not select.select([self.sock.sock], [], [], 0)[0]
-        poll = select.poll()
-        poll.register(self.sock.sock, select.POLLIN)
-        return not poll.poll(0)
+        return bool(self.sock.is_quiet())

@@ -1,4 +1,7 @@
-"""Where the keys for S3 come from. They are asked for at every request, so that roles can refresh."""
+"""Where the keys for S3 come from. They are asked for at every request, so that roles can refresh.
+
+Those that a service calls expired are looked for once more where they came from: somebody may have renewed them.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,8 @@ class CredentialSource:
     """None means: send the request unsigned. Raises `AccessDenied` when a role cannot be refreshed."""
     advice: str
     """What to do when the service refuses them."""
+    renew: Callable[[Credentials], bool] = lambda _: False
+    """Look again where they came from. Whether `get` gives others now than those, which were refused."""
 
 
 def find_credentials(environ: Mapping[str, str] = os.environ, *, anonymous: bool = False) -> CredentialSource:
@@ -68,20 +73,21 @@ def find_credentials(environ: Mapping[str, str] = os.environ, *, anonymous: bool
     access, access_name = _first(environ, "AWS_ACCESS_KEY_ID", "LITESTREAM_ACCESS_KEY_ID")
     secret, secret_name = _first(environ, "AWS_SECRET_ACCESS_KEY", "LITESTREAM_SECRET_ACCESS_KEY")
     if access and secret:
-        token = environ.get("AWS_SESSION_TOKEN") if access_name == "AWS_ACCESS_KEY_ID" else None
-        found = Credentials(access, secret, token or None)
+        keys = _EnvironmentKeys(environ, access_name, secret_name)
         return CredentialSource(
-            f"{access_name} in the environment", lambda: found, f"check {access_name} and {secret_name}"
+            f"{access_name} in the environment", keys.get, f"check {access_name} and {secret_name}", keys.renew
         )
     if access or secret:
         there, missing = (access_name, "SECRET_ACCESS_KEY") if access else (secret_name, "ACCESS_KEY_ID")
         prefix = there.partition("_")[0]
         raise ConfigError(f"{there} is set but {prefix}_{missing} is not; set both or neither")
     if importlib.util.find_spec("botocore") is not None:
+        chain = _BotocoreChain()
         return CredentialSource(
             "the AWS credential chain (profiles, container and instance roles)",
-            _BotocoreChain().get,
+            chain.get,
             f"check the profile or role, or {_SET_THEM}",
+            chain.renew,
         )
     hints = [name for name in _NEEDS_BOTOCORE if environ.get(name)]
     if not hints and Path("~/.aws").expanduser().is_dir():
@@ -98,6 +104,30 @@ def _first(environ: Mapping[str, str], *names: str) -> tuple[str, str]:
         if value := environ.get(name, ""):
             return value, name
     return "", names[0]
+
+
+class _EnvironmentKeys:
+    """Two variables, and the token's. As they were at first: the environment may be changed for another replica."""
+
+    def __init__(self, environ: Mapping[str, str], access_name: str, secret_name: str) -> None:
+        self._environ = environ
+        self._access_name = access_name
+        self._secret_name = secret_name
+        self._found = self._look()
+
+    def _look(self) -> Credentials:
+        token = self._environ.get("AWS_SESSION_TOKEN") if self._access_name == "AWS_ACCESS_KEY_ID" else None
+        access, secret = self._environ.get(self._access_name, ""), self._environ.get(self._secret_name, "")
+        return Credentials(access, secret, token or None)
+
+    def get(self) -> Credentials:
+        return self._found
+
+    def renew(self, refused: Credentials) -> bool:
+        found = self._look()
+        if found.access_key and found.secret_key:
+            self._found = found
+        return self._found != refused
 
 
 class _BotocoreChain:
@@ -132,3 +162,10 @@ class _BotocoreChain:
         except botocore.exceptions.BotoCoreError as error:
             raise AccessDenied(f"the AWS credentials could not be refreshed: {error}; check the role") from error
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    def renew(self, refused: Credentials) -> bool:
+        if self.get() == refused:
+            with self._lock:
+                # A new session reads files anew, and asks roles again.
+                self._found, self._look_at = None, 0.0
+        return self.get() not in {refused, None}

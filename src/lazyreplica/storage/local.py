@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -68,11 +69,16 @@ class LocalStore:
                 for entry in entries:
                     if (name := FileName.parse(entry.name)) is None:
                         continue
-                    # Gone between the two calls: compacted meanwhile.
-                    with contextlib.suppress(FileNotFoundError):
+                    try:
                         status = entry.stat()
-                        if stat.S_ISREG(status.st_mode):
-                            files.append(_stored(level, name, status))
+                    except FileNotFoundError:  # compacted meanwhile
+                        continue
+                    except OSError as error:
+                        if error.errno == errno.ELOOP:
+                            continue  # a link to itself is no file, as little as a directory is
+                        raise
+                    if stat.S_ISREG(status.st_mode):
+                        files.append(_stored(level, name, status))
         files.sort(key=lambda file: file.name)
         return files
 

@@ -20,6 +20,11 @@ _RANDOM = random.SystemRandom()  # a forked child must not draw its parent's jit
 class TransientError(Exception):
     """An attempt failed in a way that the next one may not: a timeout, a reset, a 503."""
 
+    def __init__(self, message: str, *, not_before: float = 0.0) -> None:
+        """`not_before`: seconds until the server wants to be asked again."""
+        super().__init__(message)
+        self.not_before = not_before
+
 
 class UnreachableError(TransientError):
     """Nobody listens at the endpoint, or its name is unknown: rarely better within a deadline."""
@@ -80,7 +85,8 @@ def retrying(
             problem = error
         failures += 1
         unreachable = unreachable + 1 if isinstance(problem, UnreachableError) else 0
-        pause = policy.pause(failures)
+        # Jitter comes on top of what the server says: it says so to everybody.
+        pause = problem.not_before + policy.pause(failures)
         gone = unreachable and (
             unreachable >= policy.unreachable_attempts or time.monotonic() - started >= policy.unreachable_seconds
         )

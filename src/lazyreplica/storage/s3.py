@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from itertools import pairwise
 from typing import BinaryIO
 
 from lazyreplica.errors import FileVanished, StoreError
@@ -24,10 +25,10 @@ from lazyreplica.storage import (
 )
 from lazyreplica.storage.credentials import CredentialSource, find_credentials
 from lazyreplica.storage.retry import Deadline, TransientError
-from lazyreplica.storage.s3_client import Body, Request, S3Client, ignore_body
+from lazyreplica.storage.s3_client import Body, Request, S3Client, Started, ignore_body
 from lazyreplica.storage.s3_upload import digest, rfc3339, upload_parts
 from lazyreplica.storage.s3_xml import Entry, Page, clean_etag, parse_failure, parse_page
-from lazyreplica.storage.transport import Head, Pending, Reply, Window
+from lazyreplica.storage.transport import Head, Reply, Window
 from lazyreplica.storage.url import S3URL
 
 logger = logging.getLogger("lazyreplica.storage.s3")
@@ -40,8 +41,10 @@ _PAGE_LIMIT = 8 << 20
 _SKIP_LIMIT = 64 << 20
 """Bytes: how much of a body we pass over when a server ignores Range."""
 _EMPTY_PAGES = 100
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)", re.ASCII)
-_UNSATISFIED_RANGE = re.compile(r"bytes \*/(\d+)", re.ASCII)
+_MOST_KEYS = 2_000_000
+"""Keys that a listing may show: some 20 days of a transaction a second, none of them compacted away."""
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", re.ASCII)
+_UNSATISFIED_RANGE = re.compile(r"bytes \*/(\d{1,18})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class S3Store:
             return f"{self._prefix}{component[:-1]}0" if component else None
 
         self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
-        files.sort(key=lambda file: (file.level, file.name))
+        self._check_listed(files)
         return Listing(tuple(files), frozenset(strangers))
 
     def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
@@ -119,8 +122,24 @@ class S3Store:
 
         start = f"{prefix}{after}" if after else None
         self._list(prefix, start, f"listing level {level}", timeout, visit)
+        self._check_listed(files)
         # A server that does not know start-after sends everything.
-        return sorted((f for f in files if after is None or f.name > after), key=lambda file: file.name)
+        return [file for file in files if after is None or file.name > after]
+
+    def _check_listed(self, files: Sequence[StoredFile]) -> None:
+        """Raise `StoreError` unless a listing went through the levels and names once, in order, and has ETags.
+
+        Out of order, a file that is compacted meanwhile may be missed; without ETags, one that is replaced.
+        """
+        for file in files:
+            if not file.etag:
+                raise StoreError(f"{self._url}: the listing shows no ETag for {file}; the server cannot be used")
+        for before, file in pairwise(files):
+            if (before.level, before.name) >= (file.level, file.name):
+                raise StoreError(
+                    f"{self._url}: the listing shows {file} after {before}, expected each key once and in order; the "
+                    "server cannot be used"
+                )
 
     def _list(
         self, prefix: str, start: str | None, what: str, timeout: float, visit: Callable[[Page], str | None]
@@ -128,10 +147,13 @@ class S3Store:
         """Visit every page; `visit` may name a key to go on behind."""
         deadline = Deadline.after(timeout)
         token: str | None = None
-        empty = 0
+        empty = keys = 0
         ends: set[str] = set()  # SeaweedFS sorts by path component, so "the next key is greater" is no test
         while True:
             page = self._list_page(prefix, start, token, what, deadline)
+            keys += len(page.entries)
+            if keys > _MOST_KEYS:
+                raise StoreError(f"{self._url}: {what}: more than {_MOST_KEYS} keys; is the path the replica's own?")
             jump = visit(page)
             if page.next_token is None:
                 return
@@ -164,26 +186,27 @@ class S3Store:
         return self._client.call(request, deadline, accept, lambda _: Window(0, _PAGE_LIMIT))
 
     def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
-        return self._call(self._range(file, offset, length), timeout) if length else b""
+        return self._call(self._range(file, offset, length), timeout)
 
     def read_into(self, file: StoredFile, offset: int, buffer: memoryview, timeout: float) -> None:
-        if buffer:
-            self._call(self._range(file, offset, len(buffer), buffer), timeout)
+        self._call(self._range(file, offset, len(buffer), buffer), timeout)
 
-    def _call(self, wanted: _Range, timeout: float) -> bytes:
+    def _call(self, wanted: _Range | None, timeout: float) -> bytes:
+        if wanted is None:
+            return b""
         return self._client.call(wanted.request, Deadline.after(timeout), wanted.accept, wanted.window)
 
     def read_many(self, wanted: Iterable[tuple[StoredFile, int, int]], timeout: float) -> Generator[bytes]:
         deadline = Deadline.after(timeout)
         ranges = [self._range(*each) for each in wanted]
-        waiting: deque[Pending | None] = deque()
+        waiting: deque[Started | None] = deque()
         asked = 0
         try:
             for index, each in enumerate(ranges):
                 # Only over connections that are there: to wait for a handshake would keep those behind it waiting.
                 while asked < len(ranges) and len(waiting) < _PARALLEL:
                     pending = self._start(ranges[asked], deadline, connect=asked == index)
-                    if pending is None and asked > index:
+                    if pending is None and asked > index and ranges[asked] is not None:
                         break
                     waiting.append(pending)
                     asked += 1
@@ -193,25 +216,29 @@ class S3Store:
                 if pending is not None:
                     self._client.abandon(pending)
 
-    def _start(self, wanted: _Range, deadline: Deadline, *, connect: bool) -> Pending | None:
+    def _start(self, wanted: _Range | None, deadline: Deadline, *, connect: bool) -> Started | None:
+        if wanted is None:
+            return None
         try:
             return self._client.start(wanted.request, deadline, connect=connect)
         except TransientError as exc:
             logger.debug("%s: %s", wanted.request.what, exc)
         return None
 
-    def _finish(self, pending: Pending | None, wanted: _Range, deadline: Deadline) -> bytes:
-        if pending is not None:
+    def _finish(self, pending: Started | None, wanted: _Range | None, deadline: Deadline) -> bytes:
+        if pending is not None and wanted is not None:
             try:
                 return self._client.finish(pending, wanted.accept, wanted.window)
             except TransientError as exc:
                 logger.debug("%s: %s", wanted.request.what, exc)
         return self._call(wanted, max(deadline.left(), 0.001))
 
-    def _range(self, file: StoredFile, offset: int, length: int, into: memoryview | None = None) -> _Range:
-        """The request for those bytes, and what is made of its reply."""
+    def _range(self, file: StoredFile, offset: int, length: int, into: memoryview | None = None) -> _Range | None:
+        """The request for those bytes, and what is made of its reply. None for no bytes: HTTP has no such range."""
         if offset < 0 or length < 0 or offset + length > file.size:
             raise ValueError(f"bytes {offset}..{offset + length} of {file}, which has {file.size}")
+        if length == 0:
+            return None
         wanted = {"range": f"bytes={offset}-{offset + length - 1}"}
         request = Request("GET", self._key(file.level, file.name), f"reading {file}", headers=wanted)
 
@@ -227,7 +254,7 @@ class S3Store:
 
         def accept(reply: Reply) -> bytes:
             head = reply.head
-            if head.status == 416 or _is_missing(reply):
+            if head.status in {412, 416} or _is_missing(reply):
                 raise FileVanished(f"{self._url}: {file} is gone or shorter than listed (HTTP {head.status})")
             if head.status not in {200, 206}:
                 raise self._client.refusal(reply, request)
@@ -261,6 +288,8 @@ class S3Store:
                 return StoredFile(level, name, size, _etag(head), _date(head)), b""
             else:
                 raise self._client.refusal(reply, request)
+            if not _etag(head):
+                raise StoreError(f"{self._url}: {request.what}: no ETag in the reply; the server cannot be used")
             if len(reply.body) != min(limit, size):
                 raise TransientError(f"the body ended after {len(reply.body)} of {min(limit, size)} bytes")
             return StoredFile(level, name, size, _etag(head), _date(head)), reply.body
@@ -322,7 +351,7 @@ class S3Store:
 
     def _check_identity(self, file: StoredFile, head: Head, size: int | None) -> None:
         etag = _etag(head)
-        if etag != file.etag and not etag:
+        if not etag:
             raise StoreError(f"{self._url}: reading {file}: no ETag in the reply; the server is unfit")
         if etag != file.etag or size != file.size:
             raise FileVanished(
@@ -352,7 +381,7 @@ def _etag(head: Head) -> str:
 
 def _declared_size(head: Head) -> int | None:
     text = head.headers.get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _unsatisfied_size(head: Head) -> int | None:

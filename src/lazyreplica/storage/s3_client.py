@@ -7,16 +7,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from lazyreplica.errors import AccessDenied, BucketNotFound, StoreError
-from lazyreplica.storage.credentials import CredentialSource
+from lazyreplica.storage.credentials import Credentials, CredentialSource
 from lazyreplica.storage.retry import Deadline, TransientError, retrying
 from lazyreplica.storage.s3_xml import S3Failure, parse_failure
 from lazyreplica.storage.sigv4 import EMPTY_SHA256, encode_path, encode_query, sign
 from lazyreplica.storage.transport import Connections, Exchange, Head, Pending, Reply, Window
 from lazyreplica.storage.url import S3URL
+from lazyreplica.storage.waiting import wait
 
 logger = logging.getLogger("lazyreplica.storage.s3")
 
@@ -37,6 +39,8 @@ _DENIED = {
     "RequestTimeTooSkewed": "this machine's clock is wrong: set it (NTP)",
     "AccessDenied": "the keys lack s3:ListBucket, s3:GetObject or (to publish) s3:PutObject there",
 }
+_RENEWED = frozenset({"ExpiredToken", "TokenRefreshRequired", "InvalidToken", "InvalidAccessKeyId"})
+"""Refusals of keys that may have been replaced meanwhile."""
 _ELSEWHERE = frozenset(
     {
         "PermanentRedirect",
@@ -79,6 +83,14 @@ class Request:
     body: Body | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request under way, and the keys that signed it."""
+
+    pending: Pending
+    credentials: Credentials | None
+
+
 class S3Client:
     """The bucket of one URL. Thread-safe."""
 
@@ -106,7 +118,7 @@ class S3Client:
             functools.partial(self._attempt, request, deadline, accept, window),
             what=f"{self.url}: {request.what}",
             deadline=deadline,
-            sleep=self._connections.closed.wait,
+            sleep=functools.partial(wait, self._connections.closed),
         )
 
     def _attempt(
@@ -116,31 +128,34 @@ class S3Client:
         accept: Callable[[Reply], T],
         window: Callable[[Head], Window],
     ) -> T:
-        reply = self._connections.exchange(self._signed(request), _or_refusal(window), deadline)
-        return self._judge(reply, accept)
+        credentials = self._credentials.get()
+        reply = self._connections.exchange(self._signed(request, credentials), _or_refusal(window), deadline)
+        return self._judge(reply, accept, credentials)
 
-    def start(self, request: Request, deadline: Deadline, *, connect: bool) -> Pending | None:
+    def start(self, request: Request, deadline: Deadline, *, connect: bool) -> Started | None:
         """Send, and come back for the reply with `finish`, or `abandon` it. None: see `Connections.send`.
 
         No second attempts here: raises `TransientError` for what may be worth one.
         """
-        return self._connections.send(self._signed(request), deadline, connect=connect)
+        credentials = self._credentials.get()
+        pending = self._connections.send(self._signed(request, credentials), deadline, connect=connect)
+        return Started(pending, credentials) if pending is not None else None
 
-    def finish(self, pending: Pending, accept: Callable[[Reply], T], window: Callable[[Head], Window]) -> T:
+    def finish(self, started: Started, accept: Callable[[Reply], T], window: Callable[[Head], Window]) -> T:
         """What `accept` makes of the reply. Raises `TransientError` too."""
-        return self._judge(self._connections.receive(pending, _or_refusal(window)), accept)
+        reply = self._connections.receive(started.pending, _or_refusal(window))
+        return self._judge(reply, accept, started.credentials)
 
-    def abandon(self, pending: Pending) -> None:
+    def abandon(self, started: Started) -> None:
         """Nobody wants the reply."""
-        self._connections.abandon(pending)
+        self._connections.abandon(started.pending)
 
-    def _signed(self, request: Request) -> Exchange:
+    def _signed(self, request: Request, credentials: Credentials | None) -> Exchange:
         body = request.body
         path = encode_path(self._base + ("" if request.key is None else f"/{request.key}")) or "/"
         query = encode_query(request.query)
         # Everything that is signed; identity because a compressed range is no range of the file.
         headers = {"host": self._host, "accept-encoding": "identity", **(request.headers or {})}
-        credentials = self._credentials.get()
         if credentials is not None:
             headers |= sign(
                 method=request.method,
@@ -158,11 +173,20 @@ class S3Client:
         target = f"{path}?{query}" if query else path
         return Exchange(request.method, target, list(headers.items()), body.chunks() if body else None)
 
-    def _judge(self, reply: Reply, accept: Callable[[Reply], T]) -> T:
+    def _judge(self, reply: Reply, accept: Callable[[Reply], T], credentials: Credentials | None) -> T:
         status = reply.head.status
-        if status in _RETRIED or (status >= 500 and status not in _NOT_RETRIED):
-            raise TransientError(f"HTTP {status} {_said(parse_failure(reply.body))}")
-        if status == 400 and (failure := parse_failure(reply.body)).code in _RETRIED_CODES:
+        if status < 400:
+            return accept(reply)
+        failure = parse_failure(reply.body)
+        if (
+            status in _RETRIED
+            or (status >= 500 and status not in _NOT_RETRIED)
+            or (status == 400 and failure.code in _RETRIED_CODES)
+        ):
+            raise TransientError(f"HTTP {status} {_said(failure)}", not_before=_retry_after(reply.head))
+        # Each renewal that goes on brings other keys, so this comes to an end.
+        if failure.code in _RENEWED and credentials is not None and self._credentials.renew(credentials):
+            logger.info("%s: %s: going on with renewed credentials", self.url, _said(failure))
             raise TransientError(f"HTTP {status} {_said(failure)}")
         return accept(reply)
 
@@ -211,6 +235,17 @@ class S3Client:
 
 def _or_refusal(window: Callable[[Head], Window]) -> Callable[[Head], Window]:
     return lambda head: window(head) if head.status < 300 else Window(0, _ERROR_BYTES)
+
+
+def _retry_after(head: Head) -> float:
+    """Seconds that the server wants to be left alone (RFC 9110, section 10.2.3); 0 if it does not say."""
+    text = head.headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
+    except (TypeError, ValueError):  # no date, or one without a time zone
+        return 0.0
 
 
 def _said(failure: S3Failure) -> str:

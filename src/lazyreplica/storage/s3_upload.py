@@ -112,7 +112,8 @@ def _has_size(client: S3Client, request: Request, size: int, timeout: float) -> 
     probe = Request("GET", request.key, request.what, headers={"range": "bytes=0-0"})
 
     def accept(reply: Reply) -> bool:
-        return reply.head.status == 206 and reply.head.headers.get("content-range") == f"bytes 0-0/{size}"
+        # rclone answers ranges with 200 and Content-Range.
+        return reply.head.status in {200, 206} and reply.head.headers.get("content-range") == f"bytes 0-0/{size}"
 
     return client.call(probe, Deadline.after(timeout), accept, lambda _: Window(0, 1))
 

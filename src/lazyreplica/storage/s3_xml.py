@@ -10,6 +10,9 @@ from xml.sax.saxutils import escape
 
 from lazyreplica.errors import StoreError
 
+_SIZE_DIGITS = 15
+"""Decimal digits: a petabyte, twenty times what S3 allows."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -60,7 +63,7 @@ def parse_page(body: bytes, prefix: str) -> Page:
             key = unquote_plus(raw)
             if not key.startswith(prefix):
                 key = unquote(raw)
-        if not key.startswith(prefix) or not size.isascii() or not size.isdigit():
+        if not key.startswith(prefix) or not size.isascii() or not size.isdigit() or len(size) > _SIZE_DIGITS:
             raise StoreError(f"a listing shows key {key[:200]!r} of size {size[:20]!r}, expected keys below {prefix!r}")
         entries.append(
             Entry(key, int(size), clean_etag(fields.get("ETag", "")), _moment(fields.get("LastModified", "")))

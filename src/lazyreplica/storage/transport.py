@@ -18,13 +18,17 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from lazyreplica.errors import StoreError, StoreUnavailable
-from lazyreplica.storage.connection import CONNECT_SECONDS, Connection, Origin, Sockets
+from lazyreplica.storage.connection import Connection, Origin, Sockets
+from lazyreplica.storage.idle import IDLE_SECONDS, IdleConnections
 from lazyreplica.storage.network_env import proxy_for, tls_context
+from lazyreplica.storage.reach import CONNECT_SECONDS
 from lazyreplica.storage.retry import Deadline, TransientError, UnreachableError
+from lazyreplica.storage.waiting import patiently
 
 MAX_CONNECTIONS = 80
-_IDLE_SECONDS = 15.0
-"""Idle connections are dropped then, before servers and NAT gateways silently do."""
+_MAX_AHEAD = 48
+"""Requests of all bursts together whose replies nobody reads yet. What remains belongs to those who hold nothing else
+while they wait: so they always get on, and with them everybody (see `send`)."""
 _CLOSE_SECONDS = 2.0
 _SKIPPED = 64 << 10
 
@@ -75,6 +79,8 @@ class Pending:
     """A request that was sent, and its reply not read yet."""
 
     connection: Connection
+    ahead: bool
+    """One of `_MAX_AHEAD`."""
 
 
 class Connections:
@@ -94,8 +100,8 @@ class Connections:
         self._busy = 0
         self._changed = threading.Condition()
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        self._idle: list[Connection] = []
-        """Most recently used last. A list's append and pop need no lock."""
+        self._ahead = threading.BoundedSemaphore(_MAX_AHEAD)
+        self._idle = IdleConnections(lambda: self._busy > 0)
 
     @property
     def closed(self) -> threading.Event:
@@ -120,30 +126,34 @@ class Connections:
     def send(self, exchange: Exchange, deadline: Deadline, *, connect: bool = True) -> Pending | None:
         """The first half of `exchange`. Each `Pending` needs a `receive` or an `abandon`.
 
-        None if no idle connection is at hand and `connect` forbids a new one.
+        Without `connect` it waits for nothing: None if no idle connection is at hand, or too many requests are under
+        way. Only so may it be called by who holds a `Pending`: who waited for a connection while it kept others from
+        theirs could wait for somebody who does the same.
         """
         with self._changed:
             if self.closed.is_set():
                 raise StoreUnavailable(f"the store at {self._shown} is closed; open it again")
             self._busy += 1
+        pending = None
         try:
-            if not self._free.acquire(timeout=max(deadline.left(), 0.001)):
-                raise TransientError(f"all {MAX_CONNECTIONS} connections were busy until the deadline")
-            try:
-                connection = self._connect(deadline, connect)
-                if connection is not None:
-                    with self._closing_on_failure(connection):
-                        self._send(connection, exchange)
-                    return Pending(connection)
-            except BaseException:
-                self._free.release()
-                raise
-            self._free.release()
-        except BaseException:
-            self._leave()
-            raise
-        self._leave()
-        return None
+            if self._enter(deadline, ahead=not connect):
+                try:
+                    pending = self._begin(exchange, deadline, connect)
+                finally:
+                    if pending is None:
+                        self._exit(ahead=not connect)
+        finally:
+            if pending is None:
+                self._leave()
+        return pending
+
+    def _begin(self, exchange: Exchange, deadline: Deadline, connect: bool) -> Pending | None:
+        connection = self._connect(deadline, connect)
+        if connection is None:
+            return None
+        with self._closing_on_failure(connection):
+            self._send(connection, exchange)
+        return Pending(connection, ahead=not connect)
 
     def receive(self, pending: Pending, window: Callable[[Head], Window]) -> Reply:
         """The second half of `exchange`."""
@@ -158,15 +168,33 @@ class Connections:
                         connection.close()
         finally:
             self._put_back(connection)
-            self._free.release()
+            self._exit(ahead=pending.ahead)
             self._leave()
         return reply
 
     def abandon(self, pending: Pending) -> None:
         """Nobody wants the reply."""
         pending.connection.close()
-        self._free.release()
+        self._exit(ahead=pending.ahead)
         self._leave()
+
+    def _enter(self, deadline: Deadline, *, ahead: bool) -> bool:
+        """Take one of the places for requests, and `_exit` gives it back. False if there is none, for those ahead."""
+        if not ahead:
+            if not patiently(lambda step: self._free.acquire(timeout=step), max(deadline.left(), 0.001)):
+                raise TransientError(f"all {MAX_CONNECTIONS} connections were busy until the deadline")
+            return True
+        if not self._ahead.acquire(blocking=False):
+            return False
+        if self._free.acquire(blocking=False):
+            return True
+        self._ahead.release()
+        return False
+
+    def _exit(self, *, ahead: bool) -> None:
+        self._free.release()
+        if ahead:
+            self._ahead.release()
 
     def _leave(self) -> None:
         with self._changed:
@@ -197,21 +225,23 @@ class Connections:
             connection = Connection(self._origin, self._sockets)
             with contextlib.suppress(OSError, http.client.HTTPException):
                 connection.begin(Deadline.after(min(CONNECT_SECONDS, timeout)))
-                connection.rest()
-                self._idle.insert(0, connection)
+                self._keep(connection, used=False)
+
+    def _keep(self, connection: Connection, *, used: bool) -> None:
+        connection.rest()
+        self._idle.put(connection, used=used)
+        if self.closed.is_set():  # meanwhile: nobody would close this one
+            self._idle.clear()
 
     def _connect(self, deadline: Deadline, connect: bool) -> Connection | None:
-        while True:
-            try:
-                connection = self._idle.pop()
-            except IndexError:
-                if not connect:
-                    return None
-                connection = Connection(self._origin, self._sockets)
-                break
-            if connection.is_fresh(_IDLE_SECONDS):
+        while (connection := self._idle.take()) is not None:
+            if connection.is_fresh(IDLE_SECONDS):
                 break
             connection.close()
+        else:
+            if not connect:
+                return None
+            connection = Connection(self._origin, self._sockets)
         try:
             connection.begin(deadline)
         except TimeoutError as error:
@@ -237,11 +267,7 @@ class Connections:
 
     def _put_back(self, connection: Connection) -> None:
         if connection.sock is not None and not self.closed.is_set():
-            connection.rest()
-            self._idle.append(connection)
-            if self._idle[0].idle > _IDLE_SECONDS:
-                with contextlib.suppress(IndexError):
-                    self._idle.pop(0).close()  # each request ends one of those that a burst has left behind
+            self._keep(connection, used=True)
         else:
             connection.close()
 
@@ -273,9 +299,7 @@ class Connections:
                 # again and again: an exchange may be just connecting
                 self._sockets.interrupt()
                 self._changed.wait(0.05)
-        while self._idle:
-            with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+        self._idle.clear()
 
 
 def _cut(head: Head, response: http.client.HTTPResponse, window: Window) -> Reply:
