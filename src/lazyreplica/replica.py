@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,6 +46,7 @@ from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import Store, StoredFile
+from lazyreplica.storage.waiting import called_off_by
 from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
@@ -320,8 +322,10 @@ class Replica:
         size = self.head.page_size
         return Reader(Trees(size) if past else self._trees, size, self.options.prefetch)
 
-    def read(self, snapshot: Snapshot, pgno: int, reader: Reader) -> bytes:
+    def read(self, snapshot: Snapshot, pgno: int, reader: Reader, is_off: Callable[[], bool] | None = None) -> bytes:
         """Page `pgno` (1 <= pgno <= commit) of a pinned snapshot, as it is stored.
+
+        When `is_off`, asked again and again while storage keeps us waiting, says so, that ends with `Interrupted`.
 
         Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; never returns a page it is not sure of.
         """
@@ -338,7 +342,8 @@ class Replica:
         if page is not None:
             reader.hit(pgno, page)
         else:
-            page = self._fetcher.page(snapshot, layer, pgno, reader)
+            with called_off_by(is_off):
+                page = self._fetcher.page(snapshot, layer, pgno, reader)
         return page
 
     def _local_page(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes | None:

@@ -18,6 +18,7 @@ from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica_vfs import page1
 from lazyreplica_vfs.deferred import when_run
+from lazyreplica_vfs.interrupts import Interrupts
 from lazyreplica_vfs.pragmas import SETTABLE, answer
 from lazyreplica_vfs.sqlite_errors import LOCK, PRAGMA, READ, as_sqlite
 
@@ -57,6 +58,7 @@ class ReplicaFile:
         """What is shown instead of the head."""
         self._reader = replica.reader(self._past)
         self._connection = 0
+        self._interrupts = Interrupts(0)
         self._first: tuple[Snapshot, bytes, bytes] | None = None
         """Page 1 as shown for a snapshot, and the 16 bytes of it that SQLite looks at in every transaction."""
         if not locks:
@@ -215,20 +217,23 @@ class ReplicaFile:
     def _read(self, snapshot: Snapshot, amount: int, offset: int) -> bytes:
         size = snapshot.page_size
         if amount == size and offset and offset % size == 0 and offset < snapshot.size:
-            return self.replica.read(snapshot, offset // size + 1, self._reader)
+            return self.replica.read(snapshot, offset // size + 1, self._reader, self._interrupts)
         end = min(offset + amount, snapshot.size)
         pieces = []
         while offset < end:
             pgno, start = offset // size + 1, offset % size
             length = min(size - start, end - offset)
-            page = self._page_1(snapshot) if pgno == 1 else self.replica.read(snapshot, pgno, self._reader)
+            page = self._page_1(snapshot) if pgno == 1 else self._page(snapshot, pgno)
             pieces.append(page[start : start + length])
             offset += length
         return b"".join(pieces)
 
+    def _page(self, snapshot: Snapshot, pgno: int) -> bytes:
+        return self.replica.read(snapshot, pgno, self._reader, self._interrupts)
+
     def _page_1(self, snapshot: Snapshot) -> bytes:
         if self._first is None or self._first[0] is not snapshot:
-            page = page1.shown(snapshot, self.replica.read(snapshot, 1, self._reader))
+            page = page1.shown(snapshot, self._page(snapshot, 1))
             self._first = (snapshot, page, page[24:40])
         return self._first[1]
 
@@ -264,6 +269,7 @@ class ReplicaFile:
     def _belong_to(self, connection: int) -> None:
         self._leave_connection()
         self._connection = connection
+        self._interrupts = Interrupts(connection)
         files = _by_connection.setdefault(connection, [])
         files.append(self)
         _count(files)

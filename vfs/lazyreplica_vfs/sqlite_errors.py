@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import apsw
 
-from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged, SnapshotGone
+from lazyreplica.errors import Interrupted, LazyReplicaError, LTXError, ReplicaDamaged, SnapshotGone
 
 OPEN = (apsw.CantOpenError, apsw.SQLITE_CANTOPEN)
 LOCK = (apsw.CantOpenError, apsw.SQLITE_CANTOPEN)
@@ -21,6 +21,7 @@ READ = (apsw.IOError, apsw.SQLITE_IOERR_READ)
 PRAGMA = (apsw.SQLError, apsw.SQLITE_ERROR)
 
 _READ_SPECIAL: list[tuple[type[LazyReplicaError], tuple[type[apsw.Error], int]]] = [
+    (Interrupted, (apsw.InterruptError, apsw.SQLITE_INTERRUPT)),
     (SnapshotGone, (apsw.BusyError, apsw.SQLITE_BUSY_SNAPSHOT)),
     (LTXError, (apsw.IOError, apsw.SQLITE_IOERR_CORRUPTFS)),
     (ReplicaDamaged, (apsw.IOError, apsw.SQLITE_IOERR_CORRUPTFS)),
