@@ -113,6 +113,34 @@ def test_fifo(store: LocalStore) -> None:
     assert store.list_all(1).files == ()
 
 
+def test_link_to_itself(store: LocalStore, tmp_path: Path) -> None:
+    path = put(store)
+    (file,) = store.list_all(1).files
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(StoreError, match="symbolic links"):
+        store.read(file, 0, 4, 1)
+    with pytest.raises(StoreError, match="symbolic links"):
+        store.get(0, ONE, 4, 1)
+    other = put(store, name=FileName(2, 2))
+    (other.parent / str(FileName(3, 3))).symlink_to("nowhere")
+    assert [listed.name for listed in store.list_all(1).files] == [FileName(2, 2)]
+    (tmp_path / "ltx" / "1").symlink_to(tmp_path / "ltx" / "1")
+    with pytest.raises(StoreError, match="symbolic links"):
+        store.list_all(1)
+
+
+@pytest.mark.parametrize("place", ["ltx", "ltx/0", "note"])
+def test_fifo_in_place_of_anything(store: LocalStore, tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(StoreError, match=r"Not a directory|not a regular file"):
+        if place == "note":
+            store.read_note("note", 1)
+        else:
+            store.list_all(1)
+
+
 def test_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     store = LocalStore(FileURL(tmp_path / "file"))
