@@ -107,3 +107,38 @@ def test_role_refreshes(aws_home: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert source.get() == Credentials("id2", "s", "t")
     with pytest.raises(AccessDenied, match="could not be refreshed"):
         source.get()
+
+
+def test_environment_is_read_again_when_asked_for() -> None:
+    environ = dict(AWS)
+    source = find_credentials(environ)
+    old = source.get()
+    assert old is not None
+    assert not source.renew(old)
+    environ["AWS_SESSION_TOKEN"] = "new"
+    assert source.get() == old, "the environment may be changed for another replica"
+    assert source.renew(old)
+    assert source.get() == Credentials("aws-id", "aws-secret", "new")
+    assert source.renew(old), "another thread's request was signed with the old ones"
+    environ.clear()
+    assert source.renew(old)
+    assert source.get() == Credentials("aws-id", "aws-secret", "new")
+    assert not source.renew(Credentials("aws-id", "aws-secret", "new"))
+
+
+def test_profile_is_read_again_when_asked_for(aws_home: Path) -> None:
+    text = "[default]\naws_access_key_id={}\naws_secret_access_key=psecret\n"
+    (aws_home / "credentials").write_text(text.format("old"))
+    source = find_credentials({})
+    old = source.get()
+    assert old == Credentials("old", "psecret")
+    (aws_home / "credentials").write_text(text.format("new"))
+    assert source.get() == old
+    assert source.renew(old)
+    assert source.get() == Credentials("new", "psecret")
+    assert source.renew(old)
+    assert not source.renew(Credentials("new", "psecret"))
+
+
+def test_nothing_else_can_be_renewed() -> None:
+    assert not find_credentials(AWS, anonymous=True).renew(Credentials("x", "y"))

@@ -136,6 +136,7 @@ def test_anonymous(play: Play) -> None:
         (ranged(CONTENT + b"more"), "1028 bytes; listed were 'tag', 1024"),
         (failure(404, "NoSuchKey"), "is gone or shorter"),
         (failure(416, "InvalidRange"), "is gone or shorter"),
+        (failure(412, "PreconditionFailed"), "is gone or shorter"),
         (answer(200, CONTENT, etag='"other"'), "changed since"),
         (answer(200, CONTENT[:-1], etag='"tag"'), "1023 bytes"),
     ],
@@ -187,6 +188,8 @@ def test_whole_body_is_not_read_without_bound(play: Play) -> None:
         (ranged(content_range=""), "Content-Range is ''"),
         (ranged(content_range="lines 1-2/3"), "Content-Range is 'lines 1-2/3'"),
         (ranged(etag=""), "no ETag"),
+        (ranged(content_range=f"bytes 100-149/{'9' * 5000}"), "Content-Range is 'bytes 100-149/999"),
+        (answer(200, b"x", etag='"tag"', content_length="9" * 5000), "ignores Range"),
         (answer(200, b"<html>welcome</html>", content_length=""), "ignores Range"),
         (answer(204), "unexpected reply HTTP 204"),
         (failure(400, "InvalidArgument", "what?"), r"HTTP 400 InvalidArgument \(what\?\)"),
@@ -308,6 +311,61 @@ def test_deadline(play: Play, step: Step, timeout: float) -> None:
     assert timeout * 0.9 < time.monotonic() - started < timeout + 1.0
 
 
+def test_the_server_says_when_to_ask_again(play: Play) -> None:
+    server, store = play(failure(503, "SlowDown", retry_after="1"), GOOD)
+    started = time.monotonic()
+    read(store)
+    assert 1.0 <= time.monotonic() - started < 2
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("text", ["60", "Fri, 01 Jan 2100 00:00:00 GMT"])
+def test_a_server_that_wants_to_be_left_alone_beyond_the_deadline_is_unavailable(play: Play, text: str) -> None:
+    server, store = play(failure(429, "SlowDown", retry_after=text))
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="HTTP 429 SlowDown"):
+        read(store, timeout=10)
+    assert time.monotonic() - started < 1
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["soon", "-1", "9" * 5000, "Fri, 02 Jan 2026 03:04:05", "Fri, 02 Jan 2026 03:04:05 GMT"]
+)
+def test_nonsense_about_when_to_ask_again_is_passed_over(play: Play, text: str) -> None:
+    _, store = play(failure(503, "SlowDown", retry_after=text), GOOD)
+    read(store, timeout=2)
+
+
+RENEWABLE = [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "TokenRefreshRequired")]
+
+
+@pytest.mark.parametrize(("status", "code"), RENEWABLE)
+def test_renewed_credentials_are_used(play: Play, monkeypatch: pytest.MonkeyPatch, status: int, code: str) -> None:
+    valid = "renewed"
+
+    def step(connection: socket.socket, asked: Asked) -> bool:
+        good = f"Credential={valid}/" in asked.headers["authorization"]
+        return (GOOD if good else failure(status, code))(connection, asked)
+
+    server, store = play(step)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", valid)
+    read(store)
+    assert len(server.asked) == 2
+    valid = "again"
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", valid)
+    store.prepare(5)
+    assert list(store.read_many([(FILE, 0, 5), (FILE, 5, 5)], 5)) == [CONTENT[:5], CONTENT[5:10]]
+    assert 4 <= len(server.asked) <= 6
+
+
+def test_credentials_that_stay_the_same_are_refused_once(play: Play) -> None:
+    server, store = play(failure(400, "ExpiredToken"))
+    with pytest.raises(AccessDenied, match="renew the credentials"):
+        read(store)
+    assert len(server.asked) == 1
+
+
 def test_deadline_of_unending_503(play: Play) -> None:
     server, store = play(failure(503, "SlowDown", "wait"))
     started = time.monotonic()
@@ -399,6 +457,38 @@ def test_endless_listing(play: Play, steps: Sequence[Step]) -> None:
 
 
 @pytest.mark.parametrize(
+    "steps",
+    [
+        [listing(*keys_of(2), *keys_of(1))],
+        [listing(*keys_of(2), *keys_of(1, start=2))],
+        [listing(*keys_of(2, level=1), *keys_of(2))],
+        [listing(*keys_of(3), token="a"), listing(*keys_of(1), *keys_of(1, start=4))],
+    ],
+    ids=["back", "twice", "levels", "pages"],
+)
+def test_a_listing_out_of_order_is_refused(play: Play, steps: Sequence[Step]) -> None:
+    server, store = play(*steps)
+    with pytest.raises(StoreError, match=r"the listing shows level 0 file .* after .* once and in order"):
+        store.list_all(10)
+    assert len(server.asked) == len(steps)
+
+
+def test_a_level_out_of_order_is_refused(play: Play) -> None:
+    _, store = play(listing(*keys_of(2), *keys_of(1, start=2)))
+    with pytest.raises(StoreError, match="once and in order"):
+        store.list_level(0, None, 10)
+
+
+def test_a_listing_without_end_is_refused(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazyreplica.storage.s3._MOST_KEYS", 5000)
+    pages = [listing(*keys_of(1000, start=1 + 1000 * page), token=str(page)) for page in range(6)]
+    server, store = play(*pages)
+    with pytest.raises(StoreError, match="more than 5000 keys"):
+        store.list_all(30)
+    assert len(server.asked) == 6
+
+
+@pytest.mark.parametrize(
     ("encoding", "key"),
     [
         ("url", "a+b%2B%C3%A9%25/0000/"),  # AWS
@@ -414,6 +504,13 @@ def test_encoded_keys(play: Play, encoding: str, key: str) -> None:
 ENTITIES = b"""<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]><ListBucketResult>&a;</ListBucketResult>"""
 
 
+HUGE = ["1" + "0" * 15, "9" * 5000]
+
+
+def contents(size: str = "7", etag: str = "e") -> bytes:
+    return f"<Contents><Key>app/0000/{NAME}</Key><Size>{size}</Size><ETag>{etag}</ETag></Contents>".encode()
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -426,6 +523,9 @@ ENTITIES = b"""<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">]><List
         (b"<ListBucketResult><Contents><Key>app/x</Key><Size>-1</Size></Contents></ListBucketResult>", "size '-1'"),
         (b"<ListBucketResult><Contents><Key>other/x</Key><Size>1</Size></Contents></ListBucketResult>", "below 'app/'"),
         (b"<ListBucketResult>" + b" " * (8 << 20), "larger than"),
+        (b"<ListBucketResult>" + b"<a>" * 200_000, "not XML"),
+        *((b"<ListBucketResult>%s</ListBucketResult>" % contents(size=size), f"size '{size[:20]}'") for size in HUGE),
+        (b"<ListBucketResult>%s</ListBucketResult>" % contents(etag=""), "no ETag for level 0 file"),
     ],
 )
 def test_bad_listing(play: Play, body: bytes, message: str) -> None:
