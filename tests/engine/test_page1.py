@@ -92,7 +92,7 @@ def shown_file() -> tuple[bytes, ReplicaFile]:
         reader=lambda past: None,
         hold=Hold,
         resume=lambda hold: False,
-        read=lambda _, pgno, reader: pages[pgno],
+        read=lambda _, pgno, reader, is_off: pages[pgno],
     )
     whole = page1.shown(snapshot, pages[1]) + b"".join(pages[p] for p in (2, 3, 4))
     return whole, ReplicaFile(cast("Any", replica), locks=True)
