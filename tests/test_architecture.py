@@ -20,6 +20,7 @@ ORDER = [
     "export",
     "replica",
     "crawl",
+    "gather",
     "opening",
     "hydration",
     "hydrator",

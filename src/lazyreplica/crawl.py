@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from lazyreplica import btree
-from lazyreplica.fetcher import Fetcher
+from lazyreplica.gather import Gatherer
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.trees import Trees
 
@@ -20,36 +20,36 @@ _MOST = 256
 _INTERIOR = (btree.INTERIOR_INDEX, btree.INTERIOR_TABLE)
 
 
-def crawl(snapshot: Snapshot, fetcher: Fetcher, trees: Trees) -> None:
+def crawl(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> None:
     """Bring the schema, the roots, and the interior pages below them, as long as there are few enough.
 
     A level of which nobody knows whether it is one of leaves is looked at through its first page. Never raises for
     what storage does: what does not come is not there.
     """
     left = _MOST
-    level = [[root] for root in _roots(snapshot, fetcher, trees)]
+    level = [[root] for root in _roots(snapshot, gatherer, trees)]
     log.debug("%d b-trees in the schema", len(level))
     while level and left > 0:
         wanted = [pgno for pages in level for pgno in pages][:left]
         left -= len(wanted)
-        found = fetcher.gather(snapshot, wanted)
+        found = gatherer.gather(snapshot, wanted)
         below = []
         for pages in level:
             children = [c for p in pages if p in found and (i := trees.interior(p)) is not None for c in i.children]
             if children:
                 below.append(children)
         # All pages of a level are of one kind.
-        probes = fetcher.gather(snapshot, [children[0] for children in below])
+        probes = gatherer.gather(snapshot, [children[0] for children in below])
         left -= len(probes)
         level = [c for c in below if c[0] in probes and btree.kind(probes[c[0]], c[0]) in _INTERIOR]
 
 
-def _roots(snapshot: Snapshot, fetcher: Fetcher, trees: Trees) -> list[int]:
+def _roots(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> list[int]:
     """Root pages of all tables and indexes, in the order of the schema."""
-    first = fetcher.gather(snapshot, [1]).get(1)
+    first = gatherer.gather(snapshot, [1]).get(1)
     if first is None:
         return []
     interior = trees.learn(1, first)
     # A schema of more than one page; one of more than two levels has hundreds of tables.
-    leaves = {1: first} if interior is None else fetcher.gather(snapshot, interior.children[: _MOST // 4])
+    leaves = {1: first} if interior is None else gatherer.gather(snapshot, interior.children[: _MOST // 4])
     return trees.learn_schema(leaves, first[56:60])

@@ -6,21 +6,21 @@ names is fetched beside it, in other threads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Iterable
 
 from lazyreplica.cache import PageCache
-from lazyreplica.errors import FileVanished, LTXError, SnapshotGone, StoreError
+from lazyreplica.errors import FileVanished, LTXError, SnapshotGone
 from lazyreplica.extents import Data, Extent, State
 from lazyreplica.layers import Layers
-from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
-from lazyreplica.spans import FIRST, LIMIT, Place, Span, join
+from lazyreplica.spans import FIRST, LIMIT, Place, Span, join, peek
 from lazyreplica.storage import Store, waiting
 from lazyreplica.trees import Trees
 
@@ -30,8 +30,8 @@ _NEAR = 64
 """Pages of a prediction that are fetched in small requests when somebody waits for the first of them."""
 _REQUESTS = 16
 """Requests that one prediction may lead to: pages far apart cost one each."""
-_BURST = 32
-"""Requests at once for what nobody waits for."""
+_STAND_INS = 3
+"""Other files that a page is looked for in, one after the other, when they vanish as well."""
 _PATIENCE = 2.0
 """Seconds that a reader waits for a request that somebody else has made, before it makes its own."""
 
@@ -79,35 +79,36 @@ class Fetcher:
         """
         self._refuse_distrusted(layer)
         further = reader.reads(pgno)
-        page = self._page_here(snapshot, layer, pgno, reader, further)
-        if page is None:
-            page = self._elsewhere(snapshot, layer, pgno)
+        page = self._page_from(layer, snapshot, pgno, reader, further)
         self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
         self._cache.put(pgno, layer.number, page)
         reader.saw(pgno, page)
         return page
 
-    def _page_here(
-        self, snapshot: Snapshot, layer: Layer, pgno: int, reader: Reader, further: Iterable[int]
-    ) -> bytes | None:
-        """The page out of its own layer; None if that file has vanished."""
-        try:
-            place = self._place(layer, pgno)
-            whole = self._layers.kept(layer)
-            if whole is not None:
-                self._ahead(snapshot, further, reader)
-                return _decode(whole, 0, place)
-            extent = self._extents.find(layer.number, place.start, place.end)
-            if extent is not None:
-                self._ahead(snapshot, further, reader)
-            elif self._relocator.is_gone(layer):
-                return None
-            else:
-                extent = self._begin(snapshot, place, further, reader)
-            return self._decode_from(extent, place)
-        except FileVanished as exc:
-            log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
-        return None
+    def _page_from(self, owner: Layer, snapshot: Snapshot, pgno: int, reader: Reader, further: Iterable[int]) -> bytes:
+        """The page out of its own file; out of another that holds it where that has vanished."""
+        layer = owner
+        for _ in range(1 + _STAND_INS):
+            try:
+                place = self._place(layer, pgno)
+                whole = self._layers.kept(layer)
+                if whole is not None:
+                    self._ahead(snapshot, further, reader)
+                    return place.decode(whole, 0)
+                extent = self._extents.find(layer.number, place.start, place.end)
+                if extent is not None:
+                    self._ahead(snapshot, further, reader)
+                    return self._decode_from(extent, place)
+                if not self._relocator.is_gone(layer):
+                    # Announced, and not here: what was announced with it may have failed too, or been pushed out.
+                    further = further or reader.missed()
+                    return self._decode_from(self._begin(snapshot, place, further, reader), place)
+            except FileVanished as exc:
+                log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
+            layer = self._relocator.find(snapshot, pgno, layer)
+        raise SnapshotGone(
+            f"page {pgno} of {owner}: every file that should hold it vanished while it was read: roll back and retry"
+        )
 
     def _refuse_distrusted(self, layer: Layer) -> None:
         reason = self._layers.distrusted(layer)
@@ -161,86 +162,41 @@ class Fetcher:
         def work() -> None:
             self._layers.bring(span.layer, extent)
             if wanted and extent.state is State.HERE:
-                for pgno in wanted:
-                    trees.learn(pgno, _decode(extent.data, extent.start, self._place(span.layer, pgno)))
+                for place in span.places:
+                    if place.pgno in wanted:
+                        with contextlib.suppress(LTXError):  # who reads the page fetches it again
+                            trees.learn(place.pgno, place.decode(extent.data, extent.start))
 
         if self._readahead.do(work, Urgency.SOON):
             return True
         self._extents.fail(extent)
         return False
 
-    def gather(self, snapshot: Snapshot, pages: Iterable[int]) -> dict[int, bytes]:
-        """Those of the pages that can be had, all requests at once; for background work. Also into the cache."""
-        found: dict[int, bytes] = {}
-        places: list[Place] = []
-        for pgno in pages:
-            layer = snapshot.pages.owner(pgno) if 1 <= pgno <= snapshot.commit else None
-            if layer is None or self._layers.distrusted(layer):
-                continue
-            page = self._cache.get(pgno, layer.number)
-            if page is not None:
-                found[pgno] = page
-            elif (entry := layer.index.peek(pgno)) is not None:
-                places.append(Place(pgno, layer, entry[0], sum(entry)))
-        spans = join([place for place in places if self._layers.kept(place.layer) is None], FIRST)
-        for first in range(0, len(spans), _BURST):
-            self._burst(spans[first : first + _BURST])
-        for place in places:
-            page = self._one(place)
-            if page is not None:
-                found[place.pgno] = page
-                self._trees.learn(place.pgno, page)
-                self._cache.put(place.pgno, place.layer.number, page)
-        return found
-
-    def _burst(self, spans: Iterable[Span]) -> None:
-        """Fetch them in this thread, one round trip for all: threads would take each other's interpreter lock."""
-        mine: list[tuple[Span, Extent]] = []
-        for span in spans:
-            inner = (span.start, span.end)
-            extent, _ = self._extents.begin(span.layer.number, *inner, State.WAITING, inner)
-            if self._extents.claim(extent):
-                mine.append((span, extent))
-        wanted = [(span.layer.file, extent.start, len(extent)) for span, extent in mine]
-        try:
-            for (_, extent), data in zip(mine, self._store.read_many(wanted, self._timeout), strict=True):
-                self._extents.finish(extent, data)
-        except StoreError as exc:
-            log.debug("not everything was fetched ahead: %s", exc)
-        finally:
-            for _, extent in mine:
-                if extent.state is State.FLYING:
-                    self._extents.fail(extent)
-
-    def _one(self, place: Place) -> bytes | None:
-        """A page that was sent for; None if it does not come."""
-        number, inner = place.layer.number, (place.start, place.end)
-        whole = self._layers.kept(place.layer)
-        try:
-            if whole is not None:
-                return _decode(whole, 0, place)
-            extent, _ = self._extents.begin(number, *inner, State.WAITING, inner)
-            return self._decode_from(extent, place)
-        except (StoreError, LTXError) as exc:
-            log.debug("page %d of %s was not fetched ahead: %s", place.pgno, place.layer, exc)
-        return None
-
     def _places(self, snapshot: Snapshot, pages: Iterable[int]) -> list[Place]:
         """Where those of the pages lie that are neither here nor under way. 5 us a page."""
         places = []
         for pgno in pages:
-            if not 1 <= pgno <= snapshot.commit:
+            layer = snapshot.pages.owner(pgno) if 1 <= pgno <= snapshot.commit else None
+            if layer is None or (pgno, layer.number) in self._cache:
                 continue
-            layer = snapshot.pages.owner(pgno)
-            if layer is None or (pgno, layer.number) in self._cache or self._relocator.is_gone(layer):
+            place = peek(layer, pgno)
+            if place is not None and self._is_coming(place):
                 continue
-            entry = layer.index.peek(pgno)
-            if entry is None:
-                continue  # where it lies is not worth a request of its own
-            start, end = entry[0], sum(entry)
-            if self._layers.kept(layer) is None and self._extents.find(layer.number, start, end) is None:
-                places.append(Place(pgno, layer, start, end))
+            if self._relocator.is_gone(layer):
+                stand_in = self._relocator.stand_in(snapshot, pgno)
+                place = peek(stand_in, pgno) if stand_in else None
+                if place is not None and self._is_coming(place):
+                    continue
+            if place is not None:  # else where it lies is not worth a request of its own
+                places.append(place)
         return places
+
+    def _is_coming(self, place: Place) -> bool:
+        """Whether the page's bytes are here, or under way."""
+        number = place.layer.number
+        return (
+            self._layers.kept(place.layer) is not None or self._extents.find(number, place.start, place.end) is not None
+        )
 
     # -- bytes to pages --
 
@@ -250,13 +206,13 @@ class Fetcher:
         data = self._bytes_of(extent, place, patience)
         if data is not None:
             try:
-                return _decode(data, extent.start, place)
+                return place.decode(data, extent.start)
             except LTXError as exc:
                 log.warning("%s gave damaged bytes (%s); fetching page %d again", place.layer, exc, place.pgno)
                 self._extents.discard(extent)
         try:
             data = self._read(place.layer, place.start, place.end, self._timeout - patience)
-            return _decode(data, place.start, place)
+            return place.decode(data, place.start)
         except LTXError as exc:
             raise LTXError(f"page {place.pgno} in {place.layer} of {self._store.url} is damaged: {exc}") from exc
 
@@ -286,29 +242,3 @@ class Fetcher:
         finally:
             with self._counting:
                 self._demand -= 1
-
-    def _elsewhere(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes:
-        """The page from another file: its own has vanished."""
-        gone = layer
-        for _ in range(3):
-            other = self._relocator.find(snapshot, pgno, gone)
-            try:
-                place = self._place(other, pgno)
-                whole = self._layers.kept(other)
-                if whole is not None:
-                    return _decode(whole, 0, place)
-                inner = (place.start, place.end)
-                extent, _ = self._extents.begin(other.number, *inner, State.WAITING, inner)
-                return self._decode_from(extent, place)
-            except FileVanished as exc:
-                log.info("%s is gone too (%s)", other, exc)
-                gone = other
-        raise SnapshotGone(
-            f"page {pgno} of {layer}: every file that should hold it vanished while it was read: roll back and retry"
-        )
-
-
-def _decode(data: Data, base: int, place: Place) -> bytes:
-    """The page at `place` out of bytes that begin at offset `base` of its file."""
-    frame = memoryview(data)[place.start - base : place.end - base]
-    return decode_frame(frame, place.pgno, place.layer.header.page_size)

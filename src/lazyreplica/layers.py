@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
-from lazyreplica.errors import LTXError, ReplicaDamaged
+from lazyreplica.errors import LTXError, ReplicaDamaged, StoreError
 from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
@@ -50,6 +50,10 @@ _TAIL_SHARE = 128
 """Of larger files one part in so many is read from the end: an index has about 9 bytes for a frame of 1 to 4 KB."""
 _TAIL_MOST = 1 << 20
 _LARGE = 64 << 10
+_INDEX_READS = 32
+"""Requests at once for page indexes that nobody waits for: 2 MiB, half of what a lazy one keeps."""
+_GUESSES = 3
+"""Where entries lie is guessed so many times."""
 _PIECE = 768 << 10
 """Bytes of one request for a file that is read whole: more pieces travel side by side."""
 
@@ -99,19 +103,26 @@ class Layers:
         return self._distrusted.get(layer) if self._distrusted else None
 
     def open_chain(
-        self, files: Sequence[StoredFile], *, quick: bool = False, opened: Callable[[Layer], None] | None = None
+        self,
+        files: Sequence[StoredFile],
+        *,
+        quick: bool = False,
+        opened: Callable[[Layer], None] | None = None,
+        timeout: float | None = None,
     ) -> list[Layer]:
         """Open the files of a chain, all requests at once, and check that they belong together.
 
         `quick`: somebody waits, so what is large is not verified yet (see `verify`), and connections were prepared.
-        `opened` is told of each file that is read, while others are still on their way.
+        `opened` is told of each file that is read, while others are still on their way. `timeout`: seconds for all of
+        them, if less than usual.
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
         new = [file for file in files if file not in here]
-        for file, parts in zip(new, self._fetch(new, quick), strict=True):
+        limit = self._timeout if timeout is None else min(timeout, self._timeout)
+        for file, parts in zip(new, self._fetch(new, quick, limit), strict=True):
             here[file] = self._read(file, parts, quick)
             if opened is not None:
                 opened(here[file])
@@ -124,13 +135,13 @@ class Layers:
         """The layer of a listed file. Bytes that do not parse are fetched once more before that is an error."""
         return self.open_chain([file])[0]
 
-    def _fetch(self, files: Sequence[StoredFile], quick: bool) -> Iterator[list[bytes]]:
+    def _fetch(self, files: Sequence[StoredFile], quick: bool, timeout: float) -> Iterator[list[bytes]]:
         """The stretches of each file that opening it needs (see `_stretches`), in the order of `files`."""
         stretches = [_stretches(file, quick) for file in files]
         jobs = [(file, *stretch) for file, each in zip(files, stretches, strict=True) for stretch in each]
         if not quick:
-            prepare(self._store, min(len(jobs), self._store.parallel) - max(1, self._store.ready), self._timeout)
-        results = self._store.read_many(jobs, self._timeout)
+            prepare(self._store, min(len(jobs), self._store.parallel) - max(1, self._store.ready), timeout)
+        results = self._store.read_many(jobs, timeout)
         try:
             for each in stretches:
                 yield [next(results) for _ in each]
@@ -191,6 +202,33 @@ class Layers:
             self.extents.fail(extent)
             raise
         self.extents.finish(extent, data)
+
+    def load_entries(self, wanted: Iterable[tuple[Layer, int]]) -> None:
+        """Bring the entries of those pages into the layers' page indexes: few requests, all at once.
+
+        For the first pages, if for all of them it were too many. Raises nothing for what storage does: what does not
+        come is not there.
+        """
+        pages: dict[Layer, list[int]] = {}
+        for layer, pgno in wanted:
+            pages.setdefault(layer, []).append(pgno)
+        for _ in range(_GUESSES):
+            jobs = [
+                (layer.file, layer.index, *stretch)
+                for layer, pgnos in pages.items()
+                if isinstance(layer.index, LazyIndex)
+                for stretch in layer.index.lacking(pgnos, _INDEX_READS)
+            ][:_INDEX_READS]
+            if not jobs:
+                return
+            stretches = [(file, offset, length) for file, _, offset, length in jobs]
+            try:
+                with contextlib.closing(self._store.read_many(stretches, self._timeout)) as replies:
+                    for (_, index, offset, _), data in zip(jobs, replies, strict=True):
+                        index.preload(offset, data)
+            except (StoreError, LTXError) as exc:
+                log.debug("page indexes are not read ahead: %s", exc)
+                return
 
     def verify(self, layer: Layer) -> str | None:
         """Read the whole file of an increment that was opened without, verify it, and keep it.

@@ -16,11 +16,11 @@ from lazyreplica.clock import now
 from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaGap
 from lazyreplica.extents import State
 from lazyreplica.layers import Layers
-from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
 from lazyreplica.plan import Chain, plan
 from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
+from lazyreplica.spans import peek
 from lazyreplica.storage import Listing, Store, StoredFile
 from lazyreplica.trees import Trees
 
@@ -106,9 +106,9 @@ def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
     trees = Trees(layer.header.page_size)
     trees.learn(1, first)
     for root in trees.roots[:_MOST_ROOTS]:
-        entry = layer.index.peek(root)
-        if entry is not None:
-            inner = (entry[0], sum(entry))
+        place = peek(layer, root)
+        if place is not None:
+            inner = (place.start, place.end)
             extent, new = layers.extents.begin(layer.number, *inner, State.WAITING, inner)
             if new:
                 readahead.do(partial(layers.bring, layer, extent), Urgency.SOON)
@@ -116,13 +116,12 @@ def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
 
 def _page(layers: Layers, layer: Layer, pgno: int) -> bytes | None:
     """A page that came with the file's head, if it did."""
-    entry = layer.index.peek(pgno)
-    extent = layers.extents.find(layer.number, entry[0], sum(entry)) if entry else None
-    if entry is None or extent is None or extent.state is not State.HERE:
+    place = peek(layer, pgno)
+    extent = layers.extents.find(layer.number, place.start, place.end) if place else None
+    if place is None or extent is None or extent.state is not State.HERE:
         return None
-    frame = memoryview(extent.data)[entry[0] - extent.start : sum(entry) - extent.start]
     with contextlib.suppress(LTXError):
-        return decode_frame(frame, pgno, layer.header.page_size)
+        return place.decode(extent.data, extent.start)
     return None
 
 

@@ -24,6 +24,7 @@ _STREAMS = 8
 _UNCLES = 7
 """Interior pages that are sent for together with the next one."""
 _SEEN = 64
+_AGAIN = 64
 _NONE: tuple[int, ...] = ()
 
 
@@ -122,6 +123,8 @@ class Reader:
             "sequential": self._find_number,
         }
         self._rules = [rule for name, rule in rules.items() if name in techniques]
+        self._reading: _Stream | None = None
+        """The stream that announced the page that is read now."""
         self._guesses = self._hits = 0
         """Of the weak kind: a page beside one that was read alone."""
 
@@ -149,7 +152,7 @@ class Reader:
 
         0.3 us inside of a stream.
         """
-        stream = self._expected.pop(pgno, None)
+        self._reading = stream = self._expected.pop(pgno, None)
         if stream is None:
             return self._begin(pgno)
         stream.left -= 1
@@ -164,6 +167,13 @@ class Reader:
         if not stream.left:
             self._remember(pgno, stream.window)
         return pages
+
+    def missed(self) -> Iterable[int]:
+        """The page that is read now was announced, and has not come: what was announced with it and is next, again."""
+        stream = self._reading
+        if stream is None:
+            return _NONE
+        return list(islice((pgno for pgno, owner in self._expected.items() if owner is stream), _AGAIN))
 
     def refused(self, pages: Iterable[int]) -> None:
         """Those announced pages are not fetched ahead after all (no room)."""

@@ -18,7 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakSet
 
-from lazyreplica.errors import EmptyReplica, FileVanished, LTXError, ReplicaDamaged, ReplicaError, SnapshotGone
+from lazyreplica.clock import now
+from lazyreplica.errors import (
+    EmptyReplica,
+    FileVanished,
+    LTXError,
+    ReplicaDamaged,
+    ReplicaError,
+    SnapshotGone,
+    StoreUnavailable,
+)
 from lazyreplica.head import Head
 from lazyreplica.history import PastLineage, origin_of
 from lazyreplica.layers import Layers
@@ -46,50 +55,33 @@ class _State:
 class Relocator:
     """Remembers which files are gone and a few states made of files that are not. Thread-safe."""
 
-    def __init__(self, store: Store, layers: Layers, head: Head, catch_up: Callable[[], bool], timeout: float) -> None:
-        """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known. It says
-        whether the store still holds the head's history; raises what prevented finding out."""
+    def __init__(
+        self, store: Store, layers: Layers, head: Head, catch_up: Callable[[float], bool], timeout: float
+    ) -> None:
+        """`catch_up` makes the head follow the store's newest state, so that the layers up to it are known; it is given
+        seconds. It says whether the store still holds the head's history; raises what prevented finding out.
+
+        `timeout`: seconds until `find` gives up."""
         self._store = store
         self._layers = layers
         self._head = head
         self._catch_up = catch_up
         self._timeout = timeout
-        # Held across network I/O, which only pages wait for whose files are gone: one new plan serves them all.
-        self._lock = threading.Lock()
+        # Held across network I/O, which only pages wait for that no known state has: one new plan serves them all.
+        self._planning = threading.Lock()
         self._gone: WeakSet[Layer] = WeakSet()
-        self._states: list[_State] = []
+        self._noting = threading.Lock()  # held to add to `_gone`, and to go through it
+        # Replaced as a whole and never changed, so it is read without a lock. Written by who holds `_planning`.
+        self._states: tuple[_State, ...] = ()
+        self._outdated = False
+        """Whether a file of one of the states has gone too: then the listings behind all of them are out of date."""
 
     def is_gone(self, layer: Layer) -> bool:
         """Whether the layer's file is known to have vanished, so that asking for it again is a wasted request."""
         return layer in self._gone
 
-    def find(self, snapshot: Snapshot, pgno: int, gone: Layer) -> Layer:
-        """A layer that holds the snapshot's version of page `pgno` in a file that should still exist.
-
-        `gone` is the layer whose file has vanished. Raises `SnapshotGone` if that version is nowhere any more.
-        """
-        with self._lock:
-            self._gone.add(gone)
-            if any(gone in state.pages.layers() for state in self._states):
-                self._states.clear()  # a stand-in has gone too: the listings behind these states are out of date
-            found = self._look_up(snapshot, pgno)
-            if found is None:
-                self._plan_again(snapshot)
-                found = self._look_up(snapshot, pgno)
-            if found is None:
-                raise SnapshotGone(
-                    f"page {pgno} as of TXID {format_txid(snapshot.txid)} is in no file of {self._store.url} any more "
-                    f"({gone.file} was removed by compaction or retention while this read transaction was open): "
-                    + (
-                        "set the time or TXID again, to what is left"
-                        if isinstance(snapshot.lineage, PastLineage)
-                        else "roll back and retry; the newest state is available"
-                    )
-                )
-            log.debug("page %d of %s is read from %s now", pgno, gone, found)
-            return found
-
-    def _look_up(self, snapshot: Snapshot, pgno: int) -> Layer | None:
+    def stand_in(self, snapshot: Snapshot, pgno: int) -> Layer | None:
+        """What `find` answers, where that is known already; else None. Never waits."""
         written = snapshot.owner(pgno).max_txid
         for state in self._states:
             if state.lineage is not origin_of(snapshot.lineage) or pgno > state.commit:
@@ -104,33 +96,86 @@ class Relocator:
                     return layer
         return None
 
-    def _plan_again(self, snapshot: Snapshot) -> None:
+    def find(self, snapshot: Snapshot, pgno: int, gone: Layer) -> Layer:
+        """A layer that holds the snapshot's version of page `pgno` in a file that should still exist.
+
+        `gone` is the layer whose file has vanished. Raises `SnapshotGone` if that version is nowhere any more,
+        `StoreUnavailable` when that is not known within the timeout, for which turn others may have spent already.
+        """
+        deadline = now() + self._timeout
+        if gone not in self._gone:
+            with self._noting:
+                self._gone.add(gone)
+            if any(gone in state.pages.layers() for state in self._states):
+                self._outdated = True
+        found = None if self._outdated else self.stand_in(snapshot, pgno)
+        if found is None:
+            if not self._planning.acquire(timeout=self._timeout):
+                raise self._late(gone)
+            try:
+                # Whoever had the lock before us may have learned of it.
+                found = None if self._outdated else self.stand_in(snapshot, pgno)
+                if found is None:
+                    self._plan_again(snapshot, gone, deadline)
+                    found = self.stand_in(snapshot, pgno)
+            finally:
+                self._planning.release()
+        if found is None:
+            raise SnapshotGone(
+                f"page {pgno} as of TXID {format_txid(snapshot.txid)} is in no file of {self._store.url} any more "
+                f"({gone.file} was removed by compaction or retention while this read transaction was open): "
+                + (
+                    "set the time or TXID again, to what is left"
+                    if isinstance(snapshot.lineage, PastLineage)
+                    else "roll back and retry; the newest state is available"
+                )
+            )
+        log.debug("page %d of %s is read from %s now", pgno, gone, found)
+        return found
+
+    def _late(self, gone: Layer) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{gone.file} of {self._store.url} was removed, and which files hold its pages now was not known within "
+            f"{self._timeout:g} seconds: try again"
+        )
+
+    def _plan_again(self, snapshot: Snapshot, gone: Layer, deadline: float) -> None:
         """Learn of states made of the files that are there now: the newest, and the newest at or below the pin."""
+
+        def left() -> float:
+            seconds = deadline - now()
+            if seconds <= 0:
+                raise self._late(gone)
+            return seconds
+
         for attempt in range(3):
-            gone = {layer.file for layer in self._gone}
-            files = [file for file in self._store.list_all(self._timeout).files if file not in gone]
+            self._states = tuple(s for s in self._states if not any(layer in self._gone for layer in s.pages.layers()))
+            self._outdated = False
+            with self._noting:
+                vanished = {layer.file for layer in self._gone}
+            files = [file for file in self._store.list_all(left()).files if file not in vanished]
             try:
                 # Between the listing and the use of its newest state: then every layer up to that is known.
-                ours = self._catch_up()
+                ours = self._catch_up(left())
                 lineage = self._head.current.lineage
                 if not ours or origin_of(snapshot.lineage) is not lineage:
                     return  # the listing shows another history: nothing in it can stand in
                 for chain in _candidates(files, snapshot.txid):
-                    self._remember(lineage, chain)
+                    self._remember(lineage, chain, left())
             except FileVanished as exc:
                 log.info("files vanished while planning again, attempt %d: %s", attempt + 1, exc)
                 continue
-            del self._states[_KEPT_STATES:]
             return
 
-    def _remember(self, lineage: Lineage, chain: Chain) -> None:
+    def _remember(self, lineage: Lineage, chain: Chain, timeout: float) -> None:
         try:
-            layers = self._layers.open_chain(chain)
+            layers = self._layers.open_chain(chain, timeout=timeout)
         except (LTXError, ReplicaDamaged) as exc:
             log.warning("a chain of %s that could replace a vanished file is damaged: %s", self._store.url, exc)
             return
         last = layers[-1]
-        self._states.insert(0, _State(lineage, last.max_txid, last.header.commit, stack(layers)))
+        state = _State(lineage, last.max_txid, last.header.commit, stack(layers))
+        self._states = (state, *self._states)[:_KEPT_STATES]
 
 
 def _candidates(files: list[StoredFile], txid: int) -> list[Chain]:

@@ -31,6 +31,7 @@ from lazyreplica.errors import (
 from lazyreplica.fetcher import Fetcher
 from lazyreplica.filling import Filler
 from lazyreplica.follower import Follower
+from lazyreplica.gather import Gatherer
 from lazyreplica.head import Head, Hold
 from lazyreplica.history import History
 from lazyreplica.hydration import make_hydrator
@@ -120,6 +121,7 @@ class Replica:
                 store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
             )
             self._hydrator = self._make_hydrator(relocator, opened.files)
+            self._gatherer = Gatherer(store, self.layers, self._cache, relocator, self._trees, options.read_timeout)
         except BaseException:
             self._readahead.stop()
             store.close()
@@ -140,7 +142,7 @@ class Replica:
         for layer in snapshot.pages.layers():
             self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
         if "interior" in self.options.prefetch:
-            crawl(snapshot, self._fetcher, self._trees)
+            crawl(snapshot, self._gatherer, self._trees)
 
     def _verify(self, layer: Layer) -> None:
         """Verify a file that was opened in haste, however long it takes until storage answers."""
@@ -251,11 +253,7 @@ class Replica:
         After a sleep (see `Options.max_staleness`) the head is refreshed first. Raises `LineageChanged` when the path
         holds another database history by now.
         """
-        if self._closed:
-            raise ReplicaError(
-                f"{self.url} was opened before this process was forked (or is closed): a child process needs a "
-                "connection of its own, opened after the fork"
-            )
+        self._refuse_if_closed()
         idle = self._follower.idle
         local = self._others() if self.options.poll_interval and past is None else None
         if local is not None:
@@ -301,8 +299,17 @@ class Replica:
         self._head.hand_over(snapshot, hold)
         hold.size, hold.view = snapshot.size, self.view(snapshot)
 
+    def _refuse_if_closed(self) -> None:
+        """In a forked child, before any lock: it may be held by a thread that does not exist here."""
+        if self._closed:
+            raise ReplicaError(
+                f"{self.url} was opened before this process was forked (or is closed): a child process needs a "
+                "connection of its own, opened after the fork"
+            )
+
     def share(self, snapshot: Snapshot) -> Snapshot:
         """Pin once more what is pinned already."""
+        self._refuse_if_closed()
         return self._head.pin(snapshot)
 
     def end(self, snapshot: Snapshot) -> None:
@@ -327,8 +334,11 @@ class Replica:
 
         When `is_off`, asked again and again while storage keeps us waiting, says so, that ends with `Interrupted`.
 
-        Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; never returns a page it is not sure of.
+        Raises `StoreError`, `LTXError`, `ReplicaDamaged`, `SnapshotGone`; `ReplicaError` in a forked child: pages,
+        sockets and locks are the parent's. Never returns a page it is not sure of.
         """
+        if self._closed:
+            self._refuse_if_closed()
         if self._damage:
             self._refuse_damaged(snapshot)
         if pgno == snapshot.lock_pgno:
@@ -363,11 +373,13 @@ class Replica:
 
     def refresh(self) -> None:
         """Poll now: on return the head is the newest state in the store. Raises what made that impossible."""
+        self._refuse_if_closed()
         self._follower.poll(thorough=True)
         self._show_current()
 
     def wait_for(self, txid: int, timeout: float) -> None:
         """Return once the head has reached `txid`; raises `WaitTimeout` after `timeout` seconds."""
+        self._refuse_if_closed()
         deadline = time.monotonic() + timeout
         trouble: StoreUnavailable | None = None
         polled = False
@@ -433,10 +445,13 @@ class Replica:
         if self._hydrator:
             self._hydrator.wake()
 
-    def _catch_up(self) -> bool:
-        """For the relocator: know every layer up to the newest, and that the store still holds our history."""
+    def _catch_up(self, timeout: float) -> bool:
+        """For the relocator: know every layer up to the newest, and that the store still holds our history.
+
+        `timeout`: seconds for each request.
+        """
         try:
-            self._follower.poll(thorough=True)
+            self._follower.poll(thorough=True, timeout=timeout)
         except ReplicaGap as exc:
             log.info("%s cannot be followed: %s", self.url, exc)
         return self._follower.standing

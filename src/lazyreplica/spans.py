@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lazyreplica.ltx.frame import decode_frame
 from lazyreplica.pagemap import Layer
 
 GAP = 64 << 10
@@ -24,6 +25,11 @@ class Place:
     start: int
     end: int
 
+    def decode(self, data: bytes | memoryview, base: int) -> bytes:
+        """The page, out of bytes that begin at offset `base` of its file. Raises `LTXError`."""
+        frame = memoryview(data)[self.start - base : self.end - base]
+        return decode_frame(frame, self.pgno, self.layer.header.page_size)
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -32,7 +38,17 @@ class Span:
     layer: Layer
     start: int
     end: int
-    pgnos: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def pgnos(self) -> tuple[int, ...]:
+        return tuple(place.pgno for place in self.places)
+
+
+def peek(layer: Layer, pgno: int) -> Place | None:
+    """Where `layer` has the page, if that is known without a request."""
+    entry = layer.index.peek(pgno)
+    return None if entry is None else Place(pgno, layer, entry[0], sum(entry))
 
 
 def join(places: Iterable[Place], limit: int = LIMIT) -> list[Span]:
@@ -57,4 +73,4 @@ def join(places: Iterable[Place], limit: int = LIMIT) -> list[Span]:
 
 
 def _span(run: list[Place]) -> Span:
-    return Span(run[0].layer, run[0].start, run[-1].end, tuple(place.pgno for place in run))
+    return Span(run[0].layer, run[0].start, run[-1].end, tuple(run))

@@ -61,6 +61,9 @@ class Expecting:
         pages, self._pages = self._pages, ()
         return pages
 
+    def missed(self) -> Iterable[int]:
+        return ()
+
     def refused(self, pages: Iterable[int]) -> None:
         pass
 

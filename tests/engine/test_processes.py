@@ -185,6 +185,64 @@ def test_a_fork_within_a_transaction_lets_the_child_end_it(directory: ReplicaDir
     db.close()
 
 
+FORK_IN_A_TRANSACTION = """
+import os, sys, threading, warnings
+import apsw, lazyreplica
+from lazyreplica import registry
+from lazyreplica.errors import ReplicaError
+
+warnings.simplefilter("ignore")  # Python's own, of forks in a process with threads
+db = lazyreplica.connect(sys.argv[1], hydrate=False, poll_interval=600, max_staleness=600)
+db.pragma("cache_size", 0)
+db.execute("BEGIN")
+assert db.execute("SELECT b FROM t WHERE a = 7").get == 49
+(entry,) = registry._entries.values()
+replica = entry.replica
+taken, done = threading.Event(), threading.Event()
+
+def hold_every_lock():
+    with (replica._cache._lock, replica.layers.extents._lock, replica.layers._lock, replica._head._changed,
+          replica._readahead._lock, replica._trees._lock, replica._follower._lock, replica._fetcher._counting):
+        taken.set()
+        done.wait()
+
+holder = threading.Thread(target=hold_every_lock)
+holder.start()
+taken.wait()
+pid = os.fork()
+if pid == 0:
+    for query in ("SELECT sum(b) FROM t", "SELECT b FROM t WHERE a = 7"):
+        try:
+            db.execute(query).fetchall()
+        except ReplicaError as exc:
+            print("opened before this process was forked" in str(exc), isinstance(exc, apsw.Error), flush=True)
+    try:
+        lazyreplica.refresh(db)
+    except ReplicaError:
+        print("refused", flush=True)
+    assert not db.in_transaction, "SQLite rolls back by itself after an I/O error"
+    own = lazyreplica.connect(sys.argv[1], hydrate=False)
+    print(own.execute("SELECT sum(b) FROM t").get, flush=True)
+    os._exit(0)
+done.set()
+holder.join()
+assert os.waitpid(pid, 0)[1] == 0
+print(db.execute("SELECT sum(b) FROM t").get)
+db.execute("COMMIT")
+db.close()
+"""
+
+
+# Regression (replica.py, `read`): a child that went on in an inherited transaction used the parent's caches, sockets,
+# and locks, which a thread may hold that does not exist in the child: it waited for ever.
+def test_a_child_cannot_read_on_in_an_inherited_transaction(
+    directory: ReplicaDirectory, history: History, tmp_path: Path
+) -> None:
+    done = run(FORK_IN_A_TRANSACTION, directory.url, tmp=tmp_path)
+    total = str(sum(n * n for n in range(201)))
+    assert (done.stderr, done.stdout.split("\n")) == ("", ["True True", "True True", "refused", total, total, ""])
+
+
 # -- whole processes --
 
 

@@ -92,7 +92,7 @@ def test_a_page_that_is_named_again_is_needed_as_early_as_before(
 ) -> None:
     again = rng.choices(places, k=5) if places else []
     named_again = join([*places, *again], limit)
-    assert [replace(span, pgnos=tuple(dict.fromkeys(span.pgnos))) for span in named_again] == join(places, limit)
+    assert [replace(span, places=tuple(dict.fromkeys(span.places))) for span in named_again] == join(places, limit)
 
 
 def test_nothing_is_wanted() -> None:
@@ -111,4 +111,5 @@ def test_a_span_as_long_as_allowed(limit: int, count: int) -> None:
 
 def test_files_are_never_joined() -> None:
     places = [Place(1, LAYERS[0], 100, 200), Place(2, LAYERS[1], 200, 300), Place(3, LAYERS[0], 300, 400)]
-    assert join(places) == [Span(LAYERS[0], 100, 400, (1, 3)), Span(LAYERS[1], 200, 300, (2,))]
+    first, second, third = places[0], places[2], places[1]
+    assert join(places) == [Span(LAYERS[0], 100, 400, (first, second)), Span(LAYERS[1], 200, 300, (third,))]

@@ -208,15 +208,37 @@ class LazyIndex:
             begin, end = self._extent(first, last)
             self._add(first, last, begin, data[begin - offset : end - offset])
 
+    def lacking(self, pgnos: Iterable[int], most: int) -> list[tuple[int, int]]:
+        """Stretches of the file (offset, length) to `preload`: if guesses are right they have those pages' entries.
+
+        About `most` first reads of `get` in all, for the first of the pages if not for all. Empty when all are known.
+        """
+        state = self._state
+        blocks: set[int] = set()
+        for pgno in pgnos:
+            position = self.position(pgno)
+            if position is not None and self._block(state, position) is None:
+                blocks.update(range(*self._window(state, position, 0)))
+                if len(blocks) >= most * self._read_blocks:
+                    break
+        firsts = [block for block in sorted(blocks) if block - 1 not in blocks]
+        lasts = [block + 1 for block in sorted(blocks) if block + 1 not in blocks]
+        extents = map(self._extent, firsts, lasts)
+        return [(begin, end - begin) for begin, end in extents]
+
+    @staticmethod
+    def _block(state: _State, position: int) -> _Block | None:
+        """The block of `state` that holds the entry at `position`."""
+        at = bisect_right(state.firsts, position) - 1
+        block = state.blocks[at] if at >= 0 else None
+        return block if block is not None and position - block.first < block.count else None
+
     def _find(self, state: _State, position: int) -> tuple[int, int] | None:
         """Offset and size of the frame at `position`, if a block of `state` holds its entry."""
-        at = bisect_right(state.firsts, position) - 1
-        if at < 0:
+        block = self._block(state, position)
+        if block is None:
             return None
-        block = state.blocks[at]
         at = position - block.first
-        if at >= block.count:
-            return None
         self._clock = block.used = self._clock + 1  # threads may lose a tick: it is about how recent
         offsets = block.offsets or self._parse(block)
         begin = offsets[at]
