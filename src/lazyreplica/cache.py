@@ -9,6 +9,12 @@ from cachetools import LRUCache
 _INTERIOR = frozenset((2, 5))
 """Type bytes of b-tree pages with children (SQLite file format, section 1.6)."""
 _PROTECTED = 0.75
+ENTRY = 400
+"""Bytes that an entry takes beside its page: measured with tables that have grown to their full size."""
+
+
+def _size(page: bytes) -> int:
+    return len(page) + ENTRY
 
 
 class PageCache:
@@ -21,9 +27,9 @@ class PageCache:
     """
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` in bytes of page data."""
+        """`capacity` in bytes of memory, `ENTRY` for each page included."""
         self._capacity = capacity
-        self._probation: LRUCache[int, bytes] = LRUCache(capacity, getsizeof=len)
+        self._probation: LRUCache[int, bytes] = LRUCache(capacity, getsizeof=_size)
         self._protected: LRUCache[int, bytes] = _Protected(int(capacity * _PROTECTED), self._probation)
         self._lock = threading.Lock()
 
@@ -40,7 +46,7 @@ class PageCache:
 
     def put(self, pgno: int, version: int, page: bytes) -> None:
         """Keep a page, if it fits at all. About 2 us."""
-        if len(page) > self._capacity:
+        if _size(page) > self._capacity:
             return
         key = version << 32 | pgno
         with self._lock:
@@ -54,7 +60,7 @@ class PageCache:
                 self._trim()
 
     def _keep(self, key: int, page: bytes) -> None:
-        if len(page) <= self._protected.maxsize:
+        if _size(page) <= self._protected.maxsize:
             self._protected[key] = page
         else:
             self._probation[key] = page
@@ -81,7 +87,7 @@ class _Protected(LRUCache[int, bytes]):
     """Gives what it has no room for back to another queue."""
 
     def __init__(self, capacity: int, below: LRUCache[int, bytes]) -> None:
-        super().__init__(capacity, getsizeof=len)
+        super().__init__(capacity, getsizeof=_size)
         self._below = below
 
     def popitem(self) -> tuple[int, bytes]:

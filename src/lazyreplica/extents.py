@@ -12,6 +12,10 @@ from collections import OrderedDict
 from enum import Enum, auto
 
 Data = bytes | memoryview
+EXTENT = 1600
+"""Bytes that an extent takes beside its own, and the job that brings it: most of that is what others wait on."""
+FILE = 250
+"""The same for a whole file."""
 _GRANULE = 18
 """Extents are found by the 256 KiB pieces of their file that they touch."""
 
@@ -44,12 +48,18 @@ class Extent:
     def __len__(self) -> int:
         return self.end - self.start
 
+    @property
+    def memory(self) -> int:
+        """Bytes, once it is here."""
+        return len(self) + EXTENT
+
 
 class Extents:
     """All extents of one replica. Thread-safe; never waits for anything but its own short lock.
 
-    Two kinds, each bounded in bytes: whole files, least recently used first out, which outlive the deletion of the file
-    in the store; and stretches that were read on demand or ahead, those under way included, oldest first out.
+    Two kinds, each bounded in bytes of memory, what surrounds the data included: whole files, least recently used first
+    out, which outlive the deletion of the file in the store; and stretches that were read on demand or ahead, those
+    under way included, oldest first out.
     """
 
     def __init__(self, whole_total: int, passing_total: int) -> None:
@@ -69,12 +79,12 @@ class Extents:
     def keep_whole(self, number: int, data: bytes) -> None:
         """Keep all bytes of a layer's file, if they fit at all."""
         with self._lock:
-            if len(data) > self._whole_total or number in self._whole:
+            if len(data) + FILE > self._whole_total or number in self._whole:
                 return
             self._whole[number] = data
-            self._whole_size += len(data)
+            self._whole_size += len(data) + FILE
             while self._whole_size > self._whole_total:
-                self._whole_size -= len(self._whole.popitem(last=False)[1])
+                self._whole_size -= len(self._whole.popitem(last=False)[1]) + FILE
 
     def whole(self, number: int) -> bytes | None:
         """All bytes of a layer's file, if they are here. About 0.3 us."""
@@ -111,7 +121,7 @@ class Extents:
                 return found, False
             extent = Extent(number, start, end, state)
             self._add(extent)
-            self._flying_size += len(extent)
+            self._flying_size += extent.memory
             return extent, True
 
     def claim(self, extent: Extent) -> bool:
@@ -127,7 +137,7 @@ class Extents:
         with self._lock:
             if extent.state is State.FLYING:
                 extent.data, extent.state = data, State.HERE
-                self._flying_size -= len(extent)
+                self._flying_size -= extent.memory
                 self._shrink(extent)
         extent.arrived.set()
 
@@ -139,7 +149,7 @@ class Extents:
 
     def add(self, number: int, start: int, data: bytes) -> None:
         """A stretch that came along with something else, if it fits."""
-        if not 0 < len(data) <= self._passing_total:
+        if not 0 < len(data) <= self._passing_total - EXTENT:
             return
         with self._lock:
             extent = Extent(number, start, start + len(data), State.HERE)
@@ -150,7 +160,9 @@ class Extents:
     def drop(self, number: int) -> None:
         """Forget every byte of one layer."""
         with self._lock:
-            self._whole_size -= len(self._whole.pop(number, b""))
+            whole = self._whole.pop(number, None)
+            if whole is not None:
+                self._whole_size -= len(whole) + FILE
             gone = [extent for extent in self._passing if extent.number == number]
             for extent in gone:
                 self._remove(extent)
@@ -164,7 +176,7 @@ class Extents:
 
     def _add(self, extent: Extent) -> None:
         self._passing[extent] = None
-        self._passing_size += len(extent)
+        self._passing_size += extent.memory
         for granule in range(extent.start >> _GRANULE, (extent.end - 1 >> _GRANULE) + 1):
             self._places.setdefault((extent.number, granule), []).append(extent)
 
@@ -180,9 +192,9 @@ class Extents:
         if extent not in self._passing:
             return
         del self._passing[extent]
-        self._passing_size -= len(extent)
+        self._passing_size -= extent.memory
         if extent.state in (State.WAITING, State.FLYING):
-            self._flying_size -= len(extent)
+            self._flying_size -= extent.memory
         # Who has found it may go on reading its bytes.
         if extent.state is not State.HERE:
             extent.state = State.FAILED

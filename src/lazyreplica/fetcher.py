@@ -90,7 +90,12 @@ class Fetcher:
         layer = owner
         for _ in range(1 + _STAND_INS):
             try:
-                place = self._place(layer, pgno)
+                # Of a file that is known to be gone, nothing but what is here: a request would be in vain.
+                gone = self._relocator.is_gone(layer)
+                place = peek(layer, pgno) if gone else self._place(layer, pgno)
+                if place is None:
+                    layer = self._relocator.find(snapshot, pgno, layer)
+                    continue
                 whole = self._layers.kept(layer)
                 if whole is not None:
                     self._ahead(snapshot, further, reader)
@@ -99,7 +104,7 @@ class Fetcher:
                 if extent is not None:
                     self._ahead(snapshot, further, reader)
                     return self._decode_from(extent, place)
-                if not self._relocator.is_gone(layer):
+                if not gone:
                     # Announced, and not here: what was announced with it may have failed too, or been pushed out.
                     further = further or reader.missed()
                     return self._decode_from(self._begin(snapshot, place, further, reader), place)

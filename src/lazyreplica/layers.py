@@ -37,7 +37,7 @@ checksum, and a wrong page number in it would let an older page show through. (O
 determined by its neighbours.) When a replica is opened over a network, that follows right after (`verify`)."""
 QUICK_FILE = 512 << 10
 """Larger increments are verified a moment later when a replica is opened over a network: that should not wait."""
-KEEP_TOTAL = 12 << 20
+KEEP_TOTAL = 8 << 20
 """Whatever was fetched whole is kept, up to this many bytes in all; the least recently used files go first."""
 PASSING_TOTAL = 10 << 20
 """Stretches of larger files stay, up to this many bytes in all, those under way included."""

@@ -18,6 +18,8 @@ from lazyreplica.trees import Trees
 AHEAD = 10 << 20
 """Bytes of pages (decompressed) that a stream is ahead of its reader at most: that many are fetched in the time that a
 round trip of 20 ms and the transfer take."""
+_MOST = 4096
+"""Pages that a stream is ahead at most, however small they are: each is remembered."""
 _START = 8
 _GROWTH = 8
 _STREAMS = 8
@@ -99,7 +101,7 @@ class Reader:
         """`page_size` in bytes."""
         self.trees = self._trees = trees
         """What is known of the database that is read."""
-        self._limit = max(_START, AHEAD // page_size)
+        self._limit = max(_START, min(AHEAD // page_size, _MOST))
         self._techniques = techniques
         self._expected: dict[int, _Stream] = {}
         self._streams: list[_Stream] = []

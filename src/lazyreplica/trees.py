@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from lazyreplica import btree
 from lazyreplica.btree import Interior
 
-_MAX_CHILDREN = 1 << 16
-"""Children that are remembered, of all pages together: about 6 MB."""
+_CAPACITY = 6 << 20
+"""Bytes of memory for interior pages and their children."""
+_CHILD = 90
+_PAGE = 450
+"""Bytes that a child takes, in two arrays and a table, and a page beside that (measured: 1 to 400 children a page)."""
 _MAX_WANTED = 1024
 _MAX_ROOTS = 4096
 _ENCODINGS = {2: "utf-16-le", 3: "utf-16-be"}
@@ -30,14 +33,17 @@ class Trees:
         self.usable = page_size
         """As in `btree`; page 1 corrects it."""
         self._page_size = page_size
-        self._interiors: OrderedDict[int, Interior] = OrderedDict()
-        """Oldest first."""
+        self._interiors: dict[int, Interior] = {}
+        self._lowest: OrderedDict[int, None] = OrderedDict()
+        """Those whose children are leaves, as far as is known; oldest first, and so they are forgotten."""
+        self._upper: OrderedDict[int, None] = OrderedDict()
+        """Roots, and those above other interior pages: few, and everything below leads through them. They go last."""
         self._parents: dict[int, int] = {}
         self.wanted: set[int] = set()
         """Interior pages that somebody has to know to know more: learn them as soon as they are here."""
         self._tables: dict[int, int] = {}
         """Root of a table or an index -> root of the table; 0 if that is not known."""
-        self._known = 0
+        self._memory = 0
         self._lock = threading.Lock()
 
     def learn(self, pgno: int, page: bytes) -> Interior | None:
@@ -52,11 +58,14 @@ class Trees:
             self._forget(pgno)
             self.wanted.discard(pgno)
             self._interiors[pgno] = interior
-            self._known += len(interior.children)
+            self._memory += _memory(interior)
             for child in interior.children:
                 self._parents[child] = pgno
-            while self._known > _MAX_CHILDREN:
-                self._forget(next(iter(self._interiors)))
+            is_upper = pgno in self._tables or any(child in self._interiors for child in interior.children)
+            (self._upper if is_upper else self._lowest)[pgno] = None
+            self._raise(self._parents.get(pgno, 0))
+            while self._memory > _CAPACITY:
+                self._forget(next(iter(self._lowest or self._upper)))
         return interior
 
     def forget(self, page_size: int) -> None:
@@ -64,10 +73,12 @@ class Trees:
         with self._lock:
             self._page_size = self.usable = page_size
             self._interiors.clear()
+            self._lowest.clear()
+            self._upper.clear()
             self._parents.clear()
             self._tables.clear()
             self.wanted.clear()
-            self._known = 0
+            self._memory = 0
 
     def learn_schema(self, pages: Mapping[int, bytes], encoding: bytes) -> list[int]:
         """Take note of the tables and indexes in those leaves of the schema; their root pages, in order of creation.
@@ -79,13 +90,25 @@ class Trees:
         tables = {row.name: row.root for row in rows if row.type == "table"}
         with self._lock:
             for row in rows[:_MAX_ROOTS]:
+                self._tables.pop(row.root, None)
                 self._tables[row.root] = tables.get(row.table, 0)
+                self._raise(row.root)
+            while len(self._tables) > _MAX_ROOTS:
+                del self._tables[next(iter(self._tables))]
         return [row.root for row in rows]
+
+    def _raise(self, pgno: int) -> None:
+        """That page is a root, or has a child that is an interior page."""
+        if pgno in self._lowest:
+            del self._lowest[pgno]
+            self._upper[pgno] = None
 
     def _forget(self, pgno: int) -> None:
         interior = self._interiors.pop(pgno, None)
+        self._lowest.pop(pgno, None)
+        self._upper.pop(pgno, None)
         if interior is not None:
-            self._known -= len(interior.children)
+            self._memory -= _memory(interior)
             for child in interior.children:
                 if self._parents.get(child) == pgno:
                     del self._parents[child]
@@ -201,6 +224,10 @@ class Trees:
             # A page that is not known as interior and has a neighbour that is one would be one itself: not a leaf.
             if pgno != root:
                 yield pgno
+
+
+def _memory(interior: Interior) -> int:
+    return _PAGE + _CHILD * len(interior.children)
 
 
 def _after(interior: Interior, pgno: int, direction: int) -> list[int]:

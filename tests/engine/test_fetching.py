@@ -481,7 +481,7 @@ def test_memory_keeps_within_cache_size(
             assert replica.read(snapshot, pgno, reader) == history.states[1][pgno]
             cache, extents = replica._cache, replica.layers.extents
             assert cache._probation.currsize + cache._protected.currsize <= 10 * 512
-            assert sum(len(extent) for extent in extents._passing) == extents._passing_size <= 20 * 512
+            assert sum(extent.memory for extent in extents._passing) == extents._passing_size <= 20 * 512
         assert len(spy.reads) < 20, "a scan reads ahead"
 
 

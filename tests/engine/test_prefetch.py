@@ -126,7 +126,7 @@ def test_a_scan_gets_ahead_faster_and_faster_up_to_the_limit(
 @pytest.mark.parametrize("techniques", [("sequential",), TECHNIQUES])
 def test_no_stream_is_further_ahead_than_so_many_bytes(page_size: int, techniques: tuple[str, ...]) -> None:
     reader = a_reader(Trees(page_size), *techniques, page_size=page_size)
-    most = prefetch.AHEAD // page_size
+    most = min(prefetch.AHEAD // page_size, prefetch._MOST)
     pages = range(1, 4 * most)
     announced = read(reader, None, pages)
     assert max(windows(pages, announced)) == most

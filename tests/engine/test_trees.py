@@ -246,7 +246,7 @@ def test_nothing_is_known_at_first_nor_after_another_database_came(database: Dat
             assert known.beyond(pgno, 5, 1) == ([], None)
             assert (known.parent(pgno), known.interior(pgno), known.neighbour(pgno, -1)) == (None, None, None)
             assert (known.root(pgno), known.table_of(pgno), known.is_root(pgno)) == (pgno, 0, False)
-        assert not (known.wanted or known._interiors or known._parents or known._known)
+        assert not (known.wanted or known._interiors or known._parents or known._memory)
 
 
 def test_leaves_and_overflow_pages_teach_nothing(database: Database) -> None:
@@ -288,8 +288,12 @@ def an_interior(children: list[int], kind: int = btree.INTERIOR_TABLE, page_size
 
 def check_books(known: Trees, most: int) -> None:
     """What is counted is what is there, and it is no more than allowed."""
-    assert known._known == sum(len(interior.children) for interior in known._interiors.values())
-    assert known._known <= most
+    assert known._memory == sum(
+        trees._PAGE + trees._CHILD * len(interior.children) for interior in known._interiors.values()
+    )
+    assert known._memory <= most
+    assert set(known._lowest) | set(known._upper) == set(known._interiors)
+    assert not set(known._lowest) & set(known._upper)
     assert set(known._parents.values()) <= set(known._interiors)
     for child, parent in known._parents.items():
         assert child in known._interiors[parent].children
@@ -299,13 +303,13 @@ def check_books(known: Trees, most: int) -> None:
 def test_memory_is_bounded_and_the_oldest_pages_are_forgotten(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trees, "_MAX_CHILDREN", 150)
+    monkeypatch.setattr(trees, "_CAPACITY", 20_000)
     known = Trees(512)
     tree = database.trees["four"]
     pages = tree.levels[-2]
     for pgno in pages:
         known.learn(pgno, database.page(pgno))
-        check_books(known, 150)
+        check_books(known, 20_000)
         assert known.interior(pgno) is not None, "the newest is among those that are kept"
     kept = [pgno for pgno in pages if known.interior(pgno)]
     assert kept == pages[-len(kept) :]
@@ -313,13 +317,13 @@ def test_memory_is_bounded_and_the_oldest_pages_are_forgotten(
 
 
 def test_one_page_with_more_children_than_are_allowed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees, "_MAX_CHILDREN", 10)
+    monkeypatch.setattr(trees, "_CAPACITY", 1800)
     known = Trees(512)
     known.learn(2, an_interior([3, 4, 5]))
     known.learn(3, an_interior(list(range(10, 30))))
-    check_books(known, 10)
+    check_books(known, 1800)
     assert known.learn(4, an_interior([7, 8])) is not None
-    check_books(known, 10)
+    check_books(known, 1800)
 
 
 def test_few_missing_pages_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,6 +342,41 @@ def test_few_roots_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Trees(4096)
     known.learn(1, database.page(1))
     assert [known.is_root(pgno) for pgno in range(2, 10)] == [True] * 3 + [False] * 5
+    for n in range(4):  # one leaf of the schema after the other
+        more = Database([f"CREATE TABLE t{n}{m}(a)" for m in range(n + 1)], page_size=4096)
+        known.learn_schema({1: more.page(1)}, more.page(1)[56:60])
+    assert len(known.roots) == 3
+
+
+# Regression (trees.py): pages were forgotten in the order in which they were learned, so the root, which is read first,
+# went first, in tables whose leaves are more than what is remembered.
+def test_the_upper_levels_of_a_large_tree_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "_CAPACITY", 30_000)
+    known = Trees(512)
+    root, middle, lowest = 2, range(10, 20), range(100, 140)
+    known.learn(root, an_interior(list(middle)))
+    for n, pgno in enumerate(middle):
+        known.learn(pgno, an_interior(list(lowest[4 * n : 4 * n + 4])))
+        for above in lowest[4 * n : 4 * n + 4]:
+            known.learn(above, an_interior(list(range(1000 * above, 1000 * above + 10))))
+            check_books(known, 30_000)
+    assert all(known.interior(pgno) for pgno in (root, *middle))
+    assert [pgno for pgno in lowest if known.interior(pgno)] == list(lowest[-sum(p in known._lowest for p in lowest) :])
+    assert known.root(139_003) == root
+    assert known.beyond(136_009, 1, 1) == ([137_000], None)
+
+
+def test_the_root_of_a_table_with_two_levels_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which nothing but the schema says that it is one."""
+    monkeypatch.setattr(trees, "_CAPACITY", 10_000)
+    database = Database(["CREATE TABLE t(a)"], page_size=4096)
+    known = Trees(4096)
+    known.learn(2, an_interior([10, 11, 12], page_size=4096))
+    known.learn(1, database.page(1))
+    for pgno in range(100, 150):
+        known.learn(pgno, an_interior([1000 * pgno, 1000 * pgno + 1], page_size=4096))
+        check_books(known, 10_000)
+    assert known.parent(11) is known.interior(2) is not None
 
 
 # -- pages that lie --
@@ -361,7 +400,7 @@ def test_pages_that_lead_in_circles_end_every_question(lies: list[tuple[int, lis
     for pgno, children, kind in lies:
         if pgno != 1:
             known.learn(pgno, an_interior(children, kind))
-        check_books(known, trees._MAX_CHILDREN)
+        check_books(known, trees._CAPACITY)
     for pgno in range(14):
         for direction in (1, -1):
             pages, missing = known.beyond(pgno, count, direction)
@@ -421,7 +460,7 @@ def test_real_pages_with_damage(database: Database, rng: random.Random) -> None:
         for _ in range(rng.choice([0, 1, 3])):
             page[rng.randrange(rng.choice([40, 512]))] = rng.randrange(256)
         known.learn(pgno, bytes(page))
-    check_books(known, trees._MAX_CHILDREN)
+    check_books(known, trees._CAPACITY)
     for pgno in rng.sample(tree.leaves, 10):
         for direction in (1, -1):
             assert len(known.beyond(pgno, 100, direction)[0]) <= 100
@@ -432,7 +471,7 @@ def test_real_pages_with_damage(database: Database, rng: random.Random) -> None:
 
 
 def test_threads_may_learn_and_ask_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trees, "_MAX_CHILDREN", 700)  # so that pages are forgotten all the time
+    monkeypatch.setattr(trees, "_CAPACITY", 90_000)  # so that pages are forgotten all the time
     tree = database.trees["four"]
     known, pages_of_tree = Trees(512), set(tree.leaves) | set(tree.interiors)
     stop = threading.Event()
@@ -462,7 +501,7 @@ def test_threads_may_learn_and_ask_at_once(database: Database, monkeypatch: pyte
         for each in working:
             each.result()
     assert answers > 20
-    check_books(known, 700)
+    check_books(known, 90_000)
     for pgno in tree.interiors:
         known.learn(pgno, database.page(pgno))
-    check_books(known, 700)
+    check_books(known, 90_000)
