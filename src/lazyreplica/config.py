@@ -52,7 +52,8 @@ class Options:
     """A directory for the local copies of many replicas, each under a name made of its URL; as `hydration_path` else.
     None as well: a private temporary file, gone at close."""
     cache_size: int = 32 * MIB
-    """Bytes of pages kept in memory, shared by all connections to the replica."""
+    """Bytes of memory for pages, shared by all connections to the replica. Without a local copy the rest takes up to
+    32 MiB more."""
     poll_interval: float = 1.0
     """Seconds between two looks for new transactions. 0: no thread, the head stays until `refresh`."""
     max_staleness: float | None = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lazyreplica.clock import now
-from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaGap
+from lazyreplica.errors import EmptyReplica, FileVanished, LegacyLayout, LTXError, ReplicaDamaged, ReplicaGap
 from lazyreplica.extents import State
 from lazyreplica.layers import Layers
 from lazyreplica.pagemap import Layer
@@ -66,6 +66,11 @@ def open_newest(store: Store, layers: Layers, readahead: Readahead, timeout: flo
             if attempt == _ATTEMPTS:
                 raise
             log.info("planning %s again: %s", store.url, exc)
+        except (LTXError, ReplicaDamaged) as exc:
+            # So is a file that is being replaced: if the listing shows others by now, these may be whole.
+            if attempt == _ATTEMPTS or store.list_all(timeout).files == files:
+                raise
+            log.warning("planning %s again: %s", store.url, exc)
     raise AssertionError("unreachable")
 
 
@@ -89,6 +94,11 @@ def _list(store: Store, timeout: float) -> tuple[StoredFile, ...]:
         listing = store.list_all(timeout)
     if not listing.files:
         raise _nothing(listing, store.url)
+    if not any(file.size for file in listing.files):
+        raise ReplicaDamaged(
+            f"all {len(listing.files)} LTX files of {store.url} have 0 bytes, the newest is {listing.files[-1]}: the "
+            "copy that made them failed (a full disk?); copy the replica again, or let the primary write a new one"
+        )
     return listing.files
 
 

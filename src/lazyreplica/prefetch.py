@@ -18,8 +18,8 @@ from lazyreplica.trees import Trees
 AHEAD = 10 << 20
 """Bytes of pages (decompressed) that a stream is ahead of its reader at most: that many are fetched in the time that a
 round trip of 20 ms and the transfer take."""
-_MOST = 4096
-"""Pages that a stream is ahead at most, however small they are: each is remembered."""
+_MOST = 2560
+"""Pages that a stream is ahead at most, however small they are: each is remembered, in 130 bytes."""
 _START = 8
 _GROWTH = 8
 _STREAMS = 8

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from lazyreplica import btree
 from lazyreplica.btree import Interior
 
-_CAPACITY = 6 << 20
+_CAPACITY = 4 << 20
 """Bytes of memory for interior pages and their children."""
 _CHILD = 90
 _PAGE = 450

@@ -65,6 +65,9 @@ def test_a_reader_uses_no_more_than_is_promised(directory: ReplicaDirectory, tmp
         len(data) // PAGE_SIZE,
     )
     directory.write(history, 9, 1)
+    for first in range(1, 30):  # files that are kept whole: more than there is room for
+        history.commit(range(first * 1000, first * 1000 + 600))
+        directory.sync(history)
     command = [sys.executable, "-c", READING, directory.url, str(CACHE), str(spread)]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
