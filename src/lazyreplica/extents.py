@@ -122,6 +122,7 @@ class Extents:
             extent = Extent(number, start, end, state)
             self._add(extent)
             self._flying_size += extent.memory
+            self._shrink(extent)
             return extent, True
 
     def claim(self, extent: Extent) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from lazyreplica.cache import PageCache
 from lazyreplica.errors import FileVanished, LTXError, SnapshotGone
-from lazyreplica.extents import Data, Extent, State
+from lazyreplica.extents import EXTENT, Data, Extent, State
 from lazyreplica.layers import Layers
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
@@ -151,7 +151,7 @@ class Fetcher:
 
     def _start(self, spans: Iterable[Span], reader: Reader) -> None:
         for number, span in enumerate(spans):
-            if number >= _REQUESTS or span.end - span.start > self._extents.room:
+            if number >= _REQUESTS or span.end - span.start + EXTENT > self._extents.room:
                 reader.refused(span.pgnos)
                 continue
             extent, new = self._extents.begin(

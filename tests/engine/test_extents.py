@@ -76,6 +76,7 @@ class Machine(RuleBasedStateMachine):
             assert not extent.arrived.is_set()
             assert self.extents.room == room - taken([extent])
             self.live.append(extent)
+            self.make_room(extent)
         else:
             assert extent in covering
             assert self.extents.room == room

@@ -16,7 +16,9 @@ from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, pinned, rea
 from replicas import opened as opened_as_it_is
 
 from lazyreplica import fetcher, layers, opening, spans
+from lazyreplica.cache import ENTRY
 from lazyreplica.errors import LTXError, SnapshotGone, StoreUnavailable
+from lazyreplica.extents import EXTENT
 from lazyreplica.ltx import decode_file, encode_index
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
@@ -32,6 +34,7 @@ def _no_file_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers, "KEEP_FILE", 0)
     monkeypatch.setattr(layers, "KEEP_TOTAL", 0)
     monkeypatch.setattr(layers, "VERIFY_FILE", 0)
+    monkeypatch.setattr(opening, "FAR", float("inf"))  # however slow the machine is
 
 
 @contextmanager
@@ -472,16 +475,17 @@ def test_who_joins_waits_two_seconds_at_most(directory: ReplicaDirectory) -> Non
 def test_memory_keeps_within_cache_size(
     directory: ReplicaDirectory, spy: SpyStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "PASSING_TOTAL", 20 * 512)
+    total = 4 * (8 * 512 + EXTENT)
+    monkeypatch.setattr(layers, "PASSING_TOTAL", total)
     monkeypatch.setattr(fetcher, "FIRST", 4 * 512)
     history, _ = start(directory.path, 40)
-    with opened(spy, cache_size=10 * 512) as replica, pinned(replica) as snapshot:
+    with opened(spy, cache_size=10 * (512 + ENTRY)) as replica, pinned(replica) as snapshot:
         reader = replica.reader()
         for pgno in range(1, 41):
             assert replica.read(snapshot, pgno, reader) == history.states[1][pgno]
             cache, extents = replica._cache, replica.layers.extents
-            assert cache._probation.currsize + cache._protected.currsize <= 10 * 512
-            assert sum(extent.memory for extent in extents._passing) == extents._passing_size <= 20 * 512
+            assert cache._probation.currsize + cache._protected.currsize <= 10 * (512 + ENTRY)
+            assert sum(extent.memory for extent in extents._passing) == extents._passing_size <= total
         assert len(spy.reads) < 20, "a scan reads ahead"
 
 

@@ -706,11 +706,11 @@ class Recording(Reader):
     def __init__(self, replica: Replica) -> None:
         super().__init__(replica._trees, replica.head.page_size, frozenset(TECHNIQUES))
         self.announced: set[int] = set()
-        self.missed: list[int] = []
+        self.unannounced: list[int] = []
 
     def reads(self, pgno: int) -> Iterable[int]:
         if pgno not in self.announced:
-            self.missed.append(pgno)
+            self.unannounced.append(pgno)
         found = list(super().reads(pgno))
         self.announced.update(found)
         return found
@@ -738,7 +738,7 @@ def test_a_scan_of_which_a_part_is_in_the_cache_is_announced_all_the_same(
         for pgno in leaves:
             assert replica.read(snapshot, pgno, reader) == state[pgno]
         # Where it begins, and now and then behind a long stretch that is here.
-        assert len(reader.missed) <= 8
+        assert len(reader.unannounced) <= 8
 
 
 def learn_everything(replica: Replica, state: Mapping[int, bytes]) -> None:
