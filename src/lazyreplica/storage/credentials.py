@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lazyreplica.errors import AccessDenied, ConfigError
+from lazyreplica.storage.encryption import CustomerKey
 
 logger = logging.getLogger("lazyreplica.storage.credentials")
 
@@ -56,6 +57,8 @@ class CredentialSource:
     """What to do when the service refuses them."""
     renew: Callable[[Credentials], bool] = lambda _: False
     """Look again where they came from. Whether `get` gives others now than those, which were refused."""
+    customer_key: CustomerKey | None = field(default=None, repr=False)
+    """What S3 decrypts the files with, where the configuration names it apart from the URL."""
 
 
 def find_credentials(environ: Mapping[str, str] = os.environ, *, anonymous: bool = False) -> CredentialSource:

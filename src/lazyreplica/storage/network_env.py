@@ -16,13 +16,13 @@ logger = logging.getLogger("lazyreplica.storage.network_env")
 
 
 def tls_context(skip_verify: bool) -> ssl.SSLContext:
-    """Certificates to trust: AWS_CA_BUNDLE, SSL_CERT_FILE or SSL_CERT_DIR, else certifi's."""
+    """Certificates to trust: AWS_CA_BUNDLE, SSL_CERT_FILE, SSL_CERT_DIR or REQUESTS_CA_BUNDLE, else certifi's."""
     if skip_verify:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         return context
-    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
         place = os.environ.get(name)
         if not place:
             continue

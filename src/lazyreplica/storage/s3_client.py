@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from lazyreplica.errors import AccessDenied, BucketNotFound, StoreError
 from lazyreplica.storage.credentials import Credentials, CredentialSource
+from lazyreplica.storage.encryption import object_headers
 from lazyreplica.storage.retry import Deadline, TransientError, retrying
 from lazyreplica.storage.s3_xml import S3Failure, parse_failure
 from lazyreplica.storage.sigv4 import EMPTY_SHA256, encode_path, encode_query, sign
@@ -97,6 +98,7 @@ class S3Client:
     def __init__(self, url: S3URL, credentials: CredentialSource) -> None:
         self.url = url
         self._credentials = credentials
+        self._customer_key = credentials.customer_key or url.customer_key
         parts = urlsplit(url.base_url)
         self._host = parts.netloc
         self._base = parts.path
@@ -156,6 +158,9 @@ class S3Client:
         query = encode_query(request.query)
         # Everything that is signed; identity because a compressed range is no range of the file.
         headers = {"host": self._host, "accept-encoding": "identity", **(request.headers or {})}
+        if request.key is not None:
+            names = (name for name, _ in request.query)
+            headers |= object_headers(request.method, names, self._customer_key, self.url.upload)
         if credentials is not None:
             headers |= sign(
                 method=request.method,
@@ -212,6 +217,8 @@ class S3Client:
             return BucketNotFound(f"{where}: the bucket is not in region {self.url.region} ({found}); {todo}")
         if status in {401, 403} or failure.code in _DENIED:
             reason = _DENIED.get(failure.code, "the request was not allowed")
+            if self._customer_key is not None and failure.code == "AccessDenied":
+                reason += ", or the file was written with another sse-customer-key"
             return AccessDenied(
                 f"{where}: {found}: {reason}. Used: {self._credentials.description}; {self._credentials.advice}"
             )

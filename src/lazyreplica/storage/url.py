@@ -12,13 +12,13 @@ import os
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from lazyreplica.errors import ConfigError
-
-DEFAULT_REGION = "us-east-1"
+from lazyreplica.storage.encryption import CustomerKey, Upload
+from lazyreplica.storage.providers import AWS_HOST, DEFAULT_REGION, bucket_in_host, misplaced
 
 _SCHEMES = "s3://bucket/path?endpoint=... and file:///absolute/directory"
 _SPELLINGS = {
@@ -29,39 +29,38 @@ _SPELLINGS = {
     "skipVerify": "skipVerify",
     "skip-verify": "skipVerify",
     "anonymous": "anonymous",
+    "sseCustomerAlgorithm": "sse-customer-algorithm",
+    "sse-customer-algorithm": "sse-customer-algorithm",
+    "sseCustomerKey": "sse-customer-key",
+    "sse-customer-key": "sse-customer-key",
+    "sseCustomerKeyMD5": "sse-customer-key-md5",
+    "sse-customer-key-md5": "sse-customer-key-md5",
+    # How objects are written: `publish` does as Litestream does.
+    "sseKmsKeyId": "sse-kms-key-id",
+    "sse-kms-key-id": "sse-kms-key-id",
+    "storageClass": "storage-class",
+    "storage-class": "storage-class",
     # How Litestream uploads and deletes. Accepted so that its URLs work here, and of no effect: we sign every
     # payload and delete nothing.
     "signPayload": "signPayload",
     "sign-payload": "signPayload",
     "requireContentMD5": "requireContentMD5",
     "require-content-md5": "requireContentMD5",
+    "partSize": "part-size",
+    "part-size": "part-size",
+    "concurrency": "concurrency",
 }
-_KNOWN = "endpoint, region, forcePathStyle (force-path-style), skipVerify (skip-verify) and anonymous"
+_KNOWN = (
+    "endpoint, region, forcePathStyle (force-path-style), skipVerify (skip-verify), sse-customer-key and anonymous, "
+    "and for writers sse-kms-key-id, storage-class, sign-payload, require-content-md5, part-size and concurrency"
+)
 _TRUE = frozenset({"true", "1", "t", "yes"})
 _FALSE = frozenset({"false", "0", "f", "no"})
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REGION = re.compile(r"[A-Za-z0-9-]+")
-_AWS_HOST = re.compile(r"s3(?:[.-](?P<region>[a-z0-9-]+))?\.amazonaws\.com(?:\.cn)?")
-_PROVIDERS = (
-    # Bucket in the host name: pattern, endpoint, path-style addressing.
-    (re.compile(r"(?P<bucket>.+)\.(?P<host>localhost)"), "http://localhost", True),
-    (
-        re.compile(r"(?P<bucket>.+)\.s3\.(?P<region>[^.]+)\.backblazeb2\.com"),
-        "https://s3.{region}.backblazeb2.com",
-        True,
-    ),
-    (re.compile(r"(?P<bucket>.+)\.s3\.filebase\.com"), "https://s3.filebase.com", True),
-    (
-        re.compile(r"(?P<bucket>.+)\.(?P<region>[^.]+)\.digitaloceanspaces\.com"),
-        "https://{region}.digitaloceanspaces.com",
-        False,
-    ),
-    (
-        re.compile(r"(?P<bucket>.+)\.s3\.(?P<region>[^.]+)\.scw\.cloud"),
-        "https://s3.{region}.scw.cloud",
-        False,
-    ),
-    (re.compile(r"(?P<bucket>.+)\.s3(?:[.-](?P<region>[a-z0-9-]+))?\.amazonaws\.com(?:\.cn)?"), None, False),
+_ACCESS_POINT = re.compile(
+    r"arn:(?P<partition>aws|aws-cn|aws-us-gov):s3:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12})"
+    r":accesspoint/(?P<name>[a-z0-9][a-z0-9-]*)"
 )
 
 
@@ -81,8 +80,9 @@ class S3URL:
     """A replica on S3 or a service that speaks it. ``str()`` is canonical and holds no secret."""
 
     bucket: str
+    """Its name, or the ARN of an access point to it."""
     path: str
-    """Key prefix without slashes around it; empty for the bucket's root."""
+    """Key prefix without the slash at its end; empty for the bucket's root."""
     endpoint: str | None
     """``scheme://host[:port][/base]``, or None for AWS itself."""
     region: str
@@ -92,6 +92,10 @@ class S3URL:
     """Accept any TLS certificate."""
     anonymous: bool = False
     """Send unsigned requests, whatever credentials there are."""
+    customer_key: CustomerKey | None = field(default=None, repr=False, compare=False)
+    """A secret, and no part of what the URL names: it is in no canonical URL."""
+    upload: Upload = field(default=Upload(), compare=False)
+    """How new objects are stored; no part of what the URL names, either."""
 
     @property
     def origin(self) -> str:
@@ -106,6 +110,10 @@ class S3URL:
         if self.path_style:
             return f"{self.origin}/{self.bucket}"
         scheme, _, rest = self.origin.partition("://")
+        if point := _ACCESS_POINT.fullmatch(self.bucket):
+            # https://docs.aws.amazon.com/AmazonS3/latest/userguide/access-points-naming.html
+            rest = rest if self.endpoint is not None else rest.replace("s3.", "s3-accesspoint.", 1)
+            return f"{scheme}://{point['name']}-{point['account']}.{rest}"
         return f"{scheme}://{self.bucket}.{rest}"
 
     def __str__(self) -> str:
@@ -117,7 +125,7 @@ class S3URL:
             query["skipVerify"] = "true"
         if self.anonymous:
             query["anonymous"] = "true"
-        return f"s3://{self.bucket}/{quote(self.path)}?{urlencode(query, safe=':/', quote_via=quote)}"
+        return f"s3://{self.bucket}/{quote_key(self.path)}?{urlencode(query, safe=':/', quote_via=quote)}"
 
 
 ReplicaURL = FileURL | S3URL
@@ -129,10 +137,9 @@ def parse_replica_url(url: str, environ: Mapping[str, str] = os.environ) -> Repl
     Equal replicas spelled differently give equal values. Raises `ConfigError` without echoing userinfo or
     query values, where secrets may lie.
     """
-    if url.lower().startswith("s3://arn:"):
-        raise ConfigError(f"replica URL {redact(url)!r} names an access point; write its alias as the bucket")
+    point, plain = _split_access_point(url)
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(plain)
         port = parts.port
     except ValueError:  # its text may quote a password that looks like a port
         raise ConfigError(f"replica URL {redact(url)!r} is malformed; write {_SCHEMES}") from None
@@ -148,7 +155,7 @@ def parse_replica_url(url: str, environ: Mapping[str, str] = os.environ) -> Repl
     if parts.scheme == "file":
         return _parse_file(url, parts)
     if parts.scheme == "s3":
-        return _parse_s3(url, parts, port, environ)
+        return _parse_s3(url, parts, port, environ, point)
     if not parts.scheme or "://" not in url:
         raise ConfigError(f"replica URL {redact(url)!r} has no scheme; write {_SCHEMES}")
     raise ConfigError(f"replica URL {redact(url)!r} has the scheme {parts.scheme!r}; supported are {_SCHEMES}")
@@ -182,10 +189,29 @@ def _parse_file(url: str, parts: SplitResult) -> FileURL:
     return FileURL(Path("/" + posixpath.normpath(path).lstrip("/")))
 
 
-def _parse_s3(url: str, parts: SplitResult, port: int | None, environ: Mapping[str, str]) -> S3URL:
+def _split_access_point(url: str) -> tuple[re.Match[str] | None, str]:
+    """The access point that a URL names, and the URL with the point's name as its bucket: an ARN is no host."""
+    if not url.lower().startswith("s3://arn:"):
+        return None, url
+    arn, marker, rest = url[len("s3://") :].partition(":accesspoint/")
+    name = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    point = _ACCESS_POINT.fullmatch(f"{arn}{marker}{name}")
+    if point is None:
+        raise ConfigError(
+            f"replica URL {redact(url)!r} is not the ARN of an access point in one region; "
+            "write s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/NAME/path, or the access point's alias as the bucket"
+        )
+    return point, f"s3://{rest}"
+
+
+def _parse_s3(
+    url: str, parts: SplitResult, port: int | None, environ: Mapping[str, str], point: re.Match[str] | None
+) -> S3URL:
     query = _parse_query(url, parts.query)
     bucket, endpoint, region, path_style = _parse_host(url, parts.netloc, port)
     region = query.get("region") or region
+    if point is not None:
+        bucket, region = point[0], point["region"]  # which signs, whatever else is said: so does the SDK
     if query.get("endpoint"):
         endpoint, path_style = _parse_endpoint(url, query["endpoint"]), None
     elif endpoint is None:
@@ -195,7 +221,7 @@ def _parse_s3(url: str, parts: SplitResult, port: int | None, environ: Mapping[s
             endpoint = _parse_endpoint(url, configured)
             path_style = _must_be_path_style(endpoint)
             region = region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
-    if endpoint and (aws := _AWS_HOST.fullmatch(endpoint.removeprefix("https://"))):
+    if endpoint and (aws := AWS_HOST.fullmatch(endpoint.removeprefix("https://"))):
         named = aws["region"] or DEFAULT_REGION
         if region in {None, named}:  # AWS spelled out
             endpoint, region, path_style = None, named, None
@@ -207,38 +233,69 @@ def _parse_s3(url: str, parts: SplitResult, port: int | None, environ: Mapping[s
     if not _REGION.fullmatch(region):
         raise ConfigError(f"replica URL {redact(url)!r}: region is {region!r}, expected a name such as eu-west-1")
     forced = _flag(url, query, "forcePathStyle")
-    if forced is not None:
+    if point is not None:
+        if forced:
+            raise ConfigError(f"replica URL {redact(url)!r}: an access point has no path style; remove forcePathStyle")
+        path_style = False
+    elif forced is not None:
         path_style = forced
     elif path_style is None:
         path_style = _default_path_style(bucket, endpoint)
     return S3URL(
         bucket=bucket,
-        path=_clean(_decode(url, parts.path)),
+        path=_decode(url, _clean(parts.path)),
         endpoint=endpoint,
         region=region,
         path_style=path_style,
         skip_verify=_flag(url, query, "skipVerify") or False,
         anonymous=_flag(url, query, "anonymous") or False,
+        customer_key=_customer_key(url, query, endpoint),
+        upload=Upload.parse(
+            query.get("sse-kms-key-id", ""), query.get("storage-class", ""), where=f"replica URL {redact(url)!r}"
+        ),
     )
+
+
+def _customer_key(url: str, query: Mapping[str, str], endpoint: str | None) -> CustomerKey | None:
+    if not query.get("sse-customer-key"):
+        return None
+    where = f"replica URL {redact(url)!r}"
+    if query.get("sse-kms-key-id"):
+        raise ConfigError(f"{where} has both sse-customer-key and sse-kms-key-id; files have one of them")
+    key = CustomerKey.parse(
+        query["sse-customer-key"],
+        algorithm=query.get("sse-customer-algorithm", ""),
+        md5=query.get("sse-customer-key-md5", ""),
+        where=where,
+    )
+    check_key_is_safe(endpoint, where)
+    return key
+
+
+def check_key_is_safe(endpoint: str | None, where: str) -> None:
+    """Raise `ConfigError` where a customer key would travel in the clear, as Litestream and S3 refuse it."""
+    if endpoint is not None and endpoint.startswith("http://") and not _is_local(endpoint.removeprefix("http://")):
+        raise ConfigError(f"{where}: sse-customer-key needs an endpoint with https://")
 
 
 def _parse_host(url: str, netloc: str, port: int | None) -> tuple[str, str | None, str | None, bool | None]:
     """Bucket, endpoint, region and addressing that the URL's host tells; None for what it does not."""
     host = netloc.rpartition(":")[0] if port is not None else netloc.rstrip(":")
     suffix = f":{port}" if port is not None else ""
-    for pattern, endpoint, path_style in _PROVIDERS:
-        if match := pattern.fullmatch(host):
-            groups = match.groupdict()
-            region = groups.get("region")
-            if endpoint is None and not suffix:
-                return _checked_bucket(url, groups["bucket"]), None, region or DEFAULT_REGION, None
-            if endpoint is not None:
-                address = endpoint.format(region=region) + suffix
-                return _checked_bucket(url, groups["bucket"]), address, region or DEFAULT_REGION, path_style
+    if found := bucket_in_host(host):
+        if found.endpoint is not None:
+            return _checked_bucket(url, found.bucket), found.endpoint + suffix, found.region, found.path_style
+        if not suffix:
+            return _checked_bucket(url, found.bucket), None, found.region, None
     if suffix:
         raise ConfigError(
             f"replica URL {redact(url)!r} has the port {port} where the bucket goes; "
             f"write s3://bucket/path?endpoint=http://{host}{suffix}"
+        )
+    if place := misplaced(host):
+        raise ConfigError(
+            f"replica URL {redact(url)!r} has a host where the bucket goes, which Litestream would take for a bucket "
+            f"of AWS; write {place}"
         )
     return _checked_bucket(url, host), None, None, None
 
@@ -252,6 +309,11 @@ def _checked_bucket(url: str, bucket: str) -> str:
             "write s3://bucket/path"
         )
     return bucket
+
+
+def canonical_parameter(name: str) -> str | None:
+    """The one spelling of a URL's parameter; None for one that is unknown."""
+    return _SPELLINGS.get(name)
 
 
 def _parse_query(url: str, text: str) -> dict[str, str]:
@@ -315,7 +377,7 @@ def _must_be_path_style(endpoint: str) -> bool:
 
 def _default_path_style(bucket: str, endpoint: str | None) -> bool:
     # *.s3.amazonaws.com certificates cover one label, so a bucket with dots has no valid host of its own.
-    return endpoint is not None or "." in bucket
+    return not _ACCESS_POINT.fullmatch(bucket) and (endpoint is not None or "." in bucket)
 
 
 def _flag(url: str, query: Mapping[str, str], name: str) -> bool | None:
@@ -336,6 +398,17 @@ def _decode(url: str, path: str) -> str:
         raise ConfigError(
             f"replica URL {redact(url)!r}: the path's percent-encoding is not UTF-8; write %C3%A9 for é"
         ) from None
+
+
+def quote_key(path: str) -> str:
+    """A key prefix as the path of a URL that is parsed to just that.
+
+    Litestream cleans the paths of URLs, but not those of ``path:`` in litestream.yml: ``/db`` and ``db/`` are real
+    prefixes there. A slash or dot that must not be cleaned away is percent-encoded. (Litestream cleans these, too; in
+    its own URLs nobody writes them.)
+    """
+    quoted = quote(path)
+    return quoted if _clean(quoted) == quoted else quote(path, safe="").replace(".", "%2E")
 
 
 def _clean(path: str) -> str:
