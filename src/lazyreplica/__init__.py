@@ -7,7 +7,7 @@ Importing this package registers the VFS named ``litestream`` with APSW.
 """
 
 from lazyreplica import errors
-from lazyreplica.config import configure
+from lazyreplica.naming import configure
 from lazyreplica.publish import Published, publish
 from lazyreplica_vfs.connections import connect, export, refresh, wait_for
 from lazyreplica_vfs.register import register

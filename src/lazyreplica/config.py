@@ -1,4 +1,4 @@
-"""Options of a replica, and which replica a database name stands for."""
+"""Options of a replica."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import hashlib
 import math
 import os
 import re
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lazyreplica.errors import ConfigError
-from lazyreplica.moments import parse_moment
 
 MIB = 1 << 20
 
@@ -34,8 +32,6 @@ ENVIRONMENT = {
 TECHNIQUES = ("sequential", "siblings", "rows", "overflow", "interior")
 """Ways to predict which pages are read next: runs of page numbers; children of a known page; the rows that an index
 leaf names; chains of overflow pages; and the interior pages of all b-trees, as soon as the replica is open."""
-
-URL_VARIABLE = "LITESTREAM_REPLICA_URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,85 +198,3 @@ def _parse_seconds(value: object, source: str) -> float:
     if not _is_duration(seconds):
         raise ConfigError(f"{source} is {value!r}, expected seconds, 0 to {_LONGEST:.0g}")
     return seconds
-
-
-def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 (another thread of the parent may have held it at the moment of the fork)
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-_configured: dict[str, tuple[str, Options, dict[str, str]]] = {}
-"""Database name -> replica URL, options, and the moment to open it at (see `starting_point`)."""
-_lock = threading.Lock()
-
-
-def configure(name: str, url: str, *, time: object = None, txid: object = None, **options: object) -> None:
-    """Let the database `name` (as in ``file:NAME?vfs=litestream``) stand for the replica at `url`.
-
-    Options are those of `Options`, over what the environment says. `time` or `txid`: connections show that moment of
-    the past (a relative one, such as "yesterday", counts from each connection's opening). Configuring a name again
-    replaces what it stands for; connections that are open keep theirs. Raises `ConfigError` for an unknown option, a
-    moment that makes no sense, or a malformed URL.
-    """
-    from lazyreplica.storage.url import parse_replica_url
-
-    if not name:
-        raise ConfigError("configure() needs a database name such as 'app.db'")
-    parse_replica_url(url)  # complain here, where the mistake is, rather than at the first open
-    parsed = Options.from_environment().updated(options, "configure()")
-    start = {kind: str(given) for kind, given in (("time", time), ("txid", txid)) if given is not None}
-    _one_moment(start)
-    with _lock:
-        _configured[name] = (url, parsed, start)
-
-
-def is_configured(name: str) -> bool:
-    """Whether `configure` was called for that name."""
-    with _lock:
-        return name in _configured
-
-
-def resolve(name: str, parameters: Mapping[str, str]) -> tuple[str, Options]:
-    """The replica URL and options for a database name and its URI parameters.
-
-    First found wins: parameter ``replica_url``, `configure`, ``LITESTREAM_REPLICA_URL``. Parameters that are option
-    names go over the options. Raises `ConfigError` when no replica is named.
-    """
-    with _lock:
-        configured = _configured.get(name)
-    explicit = parameters.get("replica_url", "")
-    url = explicit or (configured[0] if configured else "") or os.environ.get(URL_VARIABLE, "")
-    if not url:
-        raise ConfigError(
-            f"no replica is configured for {name!r}: set {URL_VARIABLE}=s3://bucket/path, call "
-            f"lazyreplica.configure({name!r}, 's3://bucket/path'), or open "
-            f"'file:{name}?vfs=litestream&replica_url=s3%3A%2F%2Fbucket%2Fpath'"
-        )
-    options = configured[1] if configured and not explicit else Options.from_environment()
-    for option in OPTION_NAMES:
-        if option in parameters:
-            options = options.updated({option: parameters[option]}, f"URI parameter {option}")
-    return url, options
-
-
-def starting_point(name: str, parameters: Mapping[str, str]) -> tuple[str, str] | None:
-    """The moment that a database is opened at: "time" or "txid", and its text; None for the newest state.
-
-    First found wins: URI parameters ``time`` and ``txid``, then `configure` unless ``replica_url`` names another
-    replica. Raises `ConfigError` when both are given, or the text makes no sense.
-    """
-    given = {kind: parameters[kind] for kind in ("time", "txid") if parameters.get(kind, "") != ""}
-    if not given and not parameters.get("replica_url", ""):
-        with _lock:
-            given = _configured[name][2] if name in _configured else {}
-    _one_moment(given)
-    return next(iter(given.items()), None)
-
-
-def _one_moment(given: Mapping[str, str]) -> None:
-    if len(given) > 1:
-        raise ConfigError(f"time is {given['time']!r} and txid is {given['txid']!r}: give one of them")
-    for kind, text in given.items():
-        parse_moment(kind, text, 0)  # complain here, where the mistake is

@@ -14,6 +14,7 @@ from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError
 from lazyreplica.replica import Replica
 from lazyreplica.storage import open_store
+from lazyreplica.storage.credentials import CredentialSource
 from lazyreplica.storage.url import parse_replica_url
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,11 @@ _entries: dict[str, _Entry] = {}
 _lock = threading.RLock()
 
 
-def acquire(url: str, options: Options) -> Replica:
+def acquire(url: str, options: Options, credentials: CredentialSource | None = None) -> Replica:
     """The replica at `url`, opened if need be. Each call needs a `release`.
 
-    Options of a replica that is open already stay as they are; others are warned about. Raises what opening raises;
+    Options of a replica that is open already stay as they are; others are warned about. `credentials` are for
+    `open_store`, and those of the one who opens the replica serve all. Raises what opening raises;
     who waited for another thread's attempt gets its failure, not a turn of their own.
     """
     key = str(parse_replica_url(url))
@@ -52,7 +54,7 @@ def acquire(url: str, options: Options) -> Replica:
             if entry.failure is not None:
                 raise type(entry.failure)(*entry.failure.args) from entry.failure
             if entry.replica is None:
-                entry.replica = _open(url, key, entry)
+                entry.replica = _open(url, key, entry, credentials)
                 return entry.replica
     except BaseException:
         _leave(key, entry)
@@ -63,9 +65,9 @@ def acquire(url: str, options: Options) -> Replica:
     return entry.replica
 
 
-def _open(url: str, key: str, entry: _Entry) -> Replica:
+def _open(url: str, key: str, entry: _Entry, credentials: CredentialSource | None) -> Replica:
     try:
-        return Replica(open_store(url), entry.options)
+        return Replica(open_store(url, credentials), entry.options)
     except LazyReplicaError as exc:
         entry.failure = exc
         with _lock:

@@ -8,7 +8,8 @@ import pytest
 from replicas import ReplicaDirectory, engine_threads, until
 
 from lazyreplica import layers
-from lazyreplica.config import ENVIRONMENT, URL_VARIABLE
+from lazyreplica.config import ENVIRONMENT
+from lazyreplica.naming import URL_VARIABLE
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,16 @@ import pytest
 from replicas import ReplicaDirectory, opened, start
 
 import lazyreplica
-from lazyreplica import config
-from lazyreplica.config import ENVIRONMENT, OPTION_NAMES, TECHNIQUES, Options, configure, is_configured, resolve
+from lazyreplica import naming
+from lazyreplica.config import ENVIRONMENT, OPTION_NAMES, TECHNIQUES, Options
 from lazyreplica.errors import ConfigError
+from lazyreplica.naming import Named, configure, is_configured, resolve
 
 
 @pytest.fixture(autouse=True)
 def _forget_names() -> Iterator[None]:
     yield
-    config._configured.clear()
+    naming._configured.clear()
 
 
 def parsed(**values: object) -> Options:
@@ -176,8 +177,8 @@ def test_techniques_reach_the_reader(directory: ReplicaDirectory) -> None:
     with opened(directory, prefetch=frozenset({"rows", "overflow"})) as replica:
         assert replica.reader()._techniques == {"rows", "overflow"}
     configure("x.db", directory.url, prefetch="none")
-    assert resolve("x.db", {})[1].prefetch == frozenset()
-    assert resolve("x.db", {"prefetch": "rows,siblings"})[1].prefetch == {"rows", "siblings"}
+    assert resolve("x.db", {}).options.prefetch == frozenset()
+    assert resolve("x.db", {"prefetch": "rows,siblings"}).options.prefetch == {"rows", "siblings"}
     with pytest.raises(ConfigError, match="LITESTREAM_PREFETCH is 'lots'"):
         Options.from_environment({"LITESTREAM_PREFETCH": "lots"})
     with pytest.raises(ConfigError, match="URI parameter prefetch is 'lots'"):
@@ -190,7 +191,7 @@ def test_techniques_reach_the_reader(directory: ReplicaDirectory) -> None:
 def test_connect_takes_what_configure_takes(directory: ReplicaDirectory, names: Iterable[str]) -> None:
     start(directory.path, 3)
     configure("x.db", directory.url, prefetch=names)
-    assert resolve("x.db", {})[1].prefetch == frozenset(names)
+    assert resolve("x.db", {}).options.prefetch == frozenset(names)
     db = lazyreplica.connect(directory.url, hydrate=False, poll_interval=0, prefetch=names)
     assert db.pragma("litestream_txid") == "0000000000000001"
     db.close()
@@ -248,28 +249,28 @@ def test_a_bad_environment_variable_is_named() -> None:
 
 def test_the_replica_comes_from_parameter_then_configure_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITESTREAM_REPLICA_URL", "file:///env")
-    assert resolve("app.db", {})[0] == "file:///env"
+    assert resolve("app.db", {}).url == "file:///env"
     configure("app.db", "file:///configured")
-    assert resolve("app.db", {})[0] == "file:///configured"
-    assert resolve("other.db", {})[0] == "file:///env"
-    assert resolve("app.db", {"replica_url": "file:///explicit"})[0] == "file:///explicit"
-    assert resolve("app.db", {"replica_url": ""})[0] == "file:///configured"
+    assert resolve("app.db", {}).url == "file:///configured"
+    assert resolve("other.db", {}).url == "file:///env"
+    assert resolve("app.db", {"replica_url": "file:///explicit"}).url == "file:///explicit"
+    assert resolve("app.db", {"replica_url": ""}).url == "file:///configured"
 
 
 def test_options_come_from_parameter_then_configure_then_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITESTREAM_CACHE_SIZE", "1k")
     monkeypatch.setenv("LITESTREAM_POLL_INTERVAL", "9")
     configure("app.db", "file:///a", cache_size="2k")
-    assert resolve("app.db", {})[1] == Options(cache_size=2048, poll_interval=9.0)
-    assert resolve("app.db", {"cache_size": "3k"})[1] == Options(cache_size=3072, poll_interval=9.0)
-    other = resolve("app.db", {"replica_url": "file:///b"})[1]
+    assert resolve("app.db", {}).options == Options(cache_size=2048, poll_interval=9.0)
+    assert resolve("app.db", {"cache_size": "3k"}).options == Options(cache_size=3072, poll_interval=9.0)
+    other = resolve("app.db", {"replica_url": "file:///b"}).options
     assert other == Options(cache_size=1024, poll_interval=9.0), "configure() was about another replica"
 
 
 def test_configure_replaces_and_complains_at_once() -> None:
     configure("app.db", "file:///a", cache_size=1)
     configure("app.db", "file:///b")
-    assert resolve("app.db", {}) == ("file:///b", Options())
+    assert resolve("app.db", {}) == Named("file:///b", Options())
     for name, url, options in (
         ("", "file:///a", {}),
         ("x.db", "ftp://a/b", {}),

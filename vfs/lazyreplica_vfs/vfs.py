@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import apsw
 
-from lazyreplica.config import is_configured, resolve, starting_point
 from lazyreplica.errors import ConfigError, LazyReplicaError
+from lazyreplica.naming import is_configured, resolve
 from lazyreplica.registry import acquire, release
 from lazyreplica_vfs.file import ReplicaFile
 from lazyreplica_vfs.sqlite_errors import OPEN, as_sqlite
@@ -67,10 +67,10 @@ def _open_replica(name: str | apsw.URIFilename | None) -> ReplicaFile:
     else:
         filename, parameters = name or "", {}
     _refuse_strangers(filename, parameters)
-    replica = acquire(*resolve(filename, parameters))
+    named = resolve(filename, parameters)
+    replica = acquire(named.url, named.options, named.credentials)
     try:
-        start = starting_point(filename, parameters)
-        return ReplicaFile(replica, locks=not _never_locks(parameters), start=start)
+        return ReplicaFile(replica, locks=not _never_locks(parameters), start=named.start)
     except BaseException:
         release(replica)
         raise

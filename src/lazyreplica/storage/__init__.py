@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from lazyreplica.ltx.name import FileName
+
+if TYPE_CHECKING:
+    from lazyreplica.storage.credentials import CredentialSource
 
 LEVELS = range(10)
 """Level 0 (as written), 1..8 (compacted), 9 (full snapshots)."""
@@ -122,8 +125,10 @@ NOTE_LIMIT = 1 << 20
 """Bytes: no note is larger."""
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, credentials: CredentialSource | None = None) -> Store:
     """The store for a replica URL: ``s3://bucket/path?...`` or ``file:///dir``.
+
+    `credentials` are used for this store alone; without, S3's are looked for in the environment.
 
     Raises `ConfigError` for a URL that cannot be understood. Opens no connection.
     """
@@ -137,7 +142,7 @@ def open_store(url: str) -> Store:
         return LocalStore(parsed)
     from lazyreplica.storage.s3 import S3Store
 
-    return S3Store(parsed)
+    return S3Store(parsed, credentials)
 
 
 def check_note_name(name: str) -> str:
