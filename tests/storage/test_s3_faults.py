@@ -687,9 +687,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("trusted", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "skipVerify", None])
+@pytest.mark.parametrize("trusted", ["AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "skipVerify", None])
 def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch, trusted: str | None) -> None:
-    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     if trusted and trusted.isupper():
         monkeypatch.setenv(trusted, str(certificate))

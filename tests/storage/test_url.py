@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyreplica.errors import ConfigError
-from lazyreplica.storage.url import S3URL, FileURL, parse_replica_url
+from lazyreplica.storage.url import S3URL, FileURL, parse_replica_url, quote_key
 
 
 def s3(url: str, **environ: str) -> S3URL:
@@ -197,3 +197,141 @@ def test_secrets_are_refused_and_not_shown(url: str) -> None:
     assert "SECRET" not in str(caught.value).replace("AWS_SECRET_ACCESS_KEY", "")
     assert "TOP" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+ARN = "arn:aws:s3:eu-west-1:123456789012:accesspoint/reports"
+
+
+def test_access_points() -> None:
+    url = s3(f"s3://{ARN}/a%20b?region=us-east-1", AWS_REGION="us-east-2")
+    assert (url.bucket, url.path, url.region) == (ARN, "a b", "eu-west-1")
+    assert url.base_url == "https://reports-123456789012.s3-accesspoint.eu-west-1.amazonaws.com"
+    assert s3(str(url)) == url == s3(f"s3://{ARN}/a b")
+    china = s3("s3://arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/x")
+    assert (china.base_url, china.path) == ("https://x-123456789012.s3-accesspoint.cn-north-1.amazonaws.com.cn", "")
+    outpost = s3(f"s3://{ARN}/p?endpoint=https://s3.example.com:8443")
+    assert outpost.base_url == "https://reports-123456789012.s3.example.com:8443"
+    assert s3(str(outpost)) == outpost
+
+
+SSE = "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+SSE_MD5 = "KYvwGXoFFJ42a2u2GDWhwQ=="  # as Litestream sends it
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        f"sse-customer-key={SSE}",
+        f"sseCustomerKey={SSE}&sseCustomerAlgorithm=AES256&sseCustomerKeyMD5={SSE_MD5}",
+        f"sse-customer-key={SSE}&sse-customer-algorithm=AES256&sse-customer-key-md5={SSE_MD5}&endpoint=10.0.0.1:9000",
+    ],
+)
+def test_customer_keys(query: str) -> None:
+    url = s3(f"s3://b/p?{query}")
+    assert url.customer_key is not None
+    assert url.customer_key.headers == {
+        "x-amz-server-side-encryption-customer-algorithm": "AES256",
+        "x-amz-server-side-encryption-customer-key": SSE,
+        "x-amz-server-side-encryption-customer-key-md5": SSE_MD5,
+    }
+    assert not any(secret in repr(url) + str(url) + repr(url.customer_key) for secret in (SSE, SSE_MD5))
+
+
+def test_what_concerns_writers_names_nothing() -> None:
+    url = s3(
+        "s3://b/p?sse-kms-key-id=arn:aws:kms:x&storageClass=STANDARD_IA&sign-payload=true&require-content-md5=false"
+        "&concurrency=2&part-size=5MB"
+    )
+    assert (url.upload.kms_key, url.upload.storage_class) == ("arn:aws:kms:x", "STANDARD_IA")
+    assert url == s3("s3://b/p?partSize=1&sseKmsKeyId=k") and str(url) == "s3://b/p?region=us-east-1"
+
+
+ACCOUNT = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("host", "written"),
+    [
+        (f"b.{ACCOUNT}.r2.cloudflarestorage.com", f"s3://b/path?endpoint=https://{ACCOUNT}.r2.cloudflarestorage.com&"),
+        (f"{ACCOUNT}.eu.r2.cloudflarestorage.com", f"s3://bucket/path?endpoint=https://{ACCOUNT}.eu.r2.cloud"),
+        ("b.fly.storage.tigris.dev", "s3://b/path?endpoint=https://fly.storage.tigris.dev&region=auto"),
+        ("b.us-east-1.linodeobjects.com", "endpoint=https://us-east-1.linodeobjects.com&region=us-east-1"),
+        ("b.fsn1.your-objectstorage.com", "endpoint=https://fsn1.your-objectstorage.com&region=fsn1"),
+        ("b.s3.eu-central-1.wasabisys.com", "endpoint=https://s3.eu-central-1.wasabisys.com&region=eu-central-1"),
+        ("b.s3.oss-cn-hangzhou.aliyuncs.com", "https://s3.oss-cn-hangzhou.aliyuncs.com&region=oss-cn-hangzhou"),
+        ("b.ewr1.vultrobjects.com", "endpoint=https://ewr1.vultrobjects.com&region=ewr1"),
+    ],
+)
+def test_hosts_in_a_buckets_place(host: str, written: str) -> None:
+    """Litestream 0.5.17 takes them for buckets of AWS."""
+    with pytest.raises(ConfigError) as caught:
+        s3(f"s3://{host}/p")
+    assert written in str(caught.value)
+    s3(str(caught.value).rpartition("write ")[2])
+
+
+# As Litestream's guides write them: litestream.io/guides/s3-compatible, /tigris, /s3
+GUIDES = {
+    "s3://mybkt.litestream.io/db": "https://s3.us-east-1.amazonaws.com/mybkt.litestream.io",
+    "s3://mybkt.nyc3.digitaloceanspaces.com/db": "https://mybkt.nyc3.digitaloceanspaces.com",
+    "s3://mybucket/db?endpoint=s3.us-west-1.wasabisys.com": "https://s3.us-west-1.wasabisys.com/mybucket",
+    "s3://mybucket/db?endpoint=localhost:9000": "http://localhost:9000/mybucket",
+    "s3://mybucket/db?endpoint=fly.storage.tigris.dev&region=auto": "https://fly.storage.tigris.dev/mybucket",
+    "s3://mybucket/db?endpoint=https://minio.example.com:9000": "https://minio.example.com:9000/mybucket",
+    "s3://mybucket/db?endpoint=https://x.supabase.co/storage/v1/s3&region=eu-central-1": (
+        "https://x.supabase.co/storage/v1/s3/mybucket"
+    ),
+    "s3://mybucket/db?endpoint=n.compat.objectstorage.us-phoenix-1.oraclecloud.com": (
+        "https://n.compat.objectstorage.us-phoenix-1.oraclecloud.com/mybucket"
+    ),
+}
+
+
+@pytest.mark.parametrize("url", GUIDES)
+def test_urls_of_the_guides(url: str) -> None:
+    assert s3(url).base_url == GUIDES[url]
+    assert s3(str(s3(url))) == s3(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://arn:aws:s3::123456789012:accesspoint/x.mrap/p", "not the ARN of an access point in one region"),
+        ("s3://arn:aws:s3-outposts:eu-west-1:123456789012:accesspoint/x/p", "not the ARN of an access point"),
+        ("s3://arn:aws:s3:eu-west-1:123456789012:bucket/x", "not the ARN of an access point"),
+        (f"s3://{ARN}/p?forcePathStyle=true", "an access point has no path style"),
+        (f"s3://b/p?sse-customer-key={SSE}&sse-customer-algorithm=AES128", "sse-customer-algorithm must be AES256"),
+        (f"s3://b/p?sse-customer-key={SSE[:-4]}", "sse-customer-key is not 32 bytes in base64"),
+        (f"s3://b/p?sse-customer-key={SSE}&sse-customer-key-md5=x", "is not the MD5 of sse-customer-key; leave it out"),
+        (f"s3://b/p?sse-customer-key={SSE}&sse-kms-key-id=k", "both sse-customer-key and sse-kms-key-id"),
+        (f"s3://b/p?sse-customer-key={SSE}&endpoint=http://h.example", "needs an endpoint with https://"),
+        ("s3://b/p?storage-class=A%0d%0aX-Evil:1", "storage-class is 'A.*expected visible ASCII"),
+    ],
+)
+def test_errors_of_access_points_and_encryption(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_replica_url(url, {})
+    assert SSE[:20] not in str(caught.value) and caught.value.__cause__ is None
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12))
+def test_any_key_prefix_has_a_url(path: str) -> None:
+    assert s3(f"s3://b/{quote_key(path)}").path == path
+
+
+PIECES = st.sampled_from(
+    f"s3:// file:// arn:aws:s3: eu-west-1 :123456789012 :accesspoint/ .localhost b / ? & = endpoint region {SSE} "
+    "http:// sse-customer-key forcePathStyle : @ [ ] % 9 # é".split()
+)
+
+
+@settings(deadline=None)
+@given(st.lists(PIECES, max_size=12).map("".join) | st.text(max_size=30).map("s3://b/p?endpoint={}".format))
+def test_any_text_is_a_url_or_a_configuration_error(text: str) -> None:
+    try:
+        parsed = parse_replica_url(text, {})
+    except ConfigError as exc:
+        assert SSE not in str(exc) or SSE in text.partition("?")[0]
+    else:
+        assert parse_replica_url(str(parsed), {}) == parsed

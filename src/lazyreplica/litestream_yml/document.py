@@ -120,6 +120,8 @@ def parse(text: str, path: str) -> Section:
     except RecursionError:
         line, problem = "", "it is nested too deeply"
     else:
+        if node is not None and node.tag == _NULL:
+            node = None
         if node is not None and not _is_mapping(node):
             raise ConfigError(f"{path}:1: expected keys such as 'dbs:' at the top, found a {_kind(node)}")
         return Section(node, path)

@@ -50,9 +50,8 @@ def source_of(settings: Settings, relative: str | None) -> tuple[str, Credential
     url, path = replica.text("url"), replica.text("path")
     if _SCHEME.match(path):
         raise settings.error("path is a URL; write it as url", "path")
-    for part in ("path", "bucket"):
-        if url and settings.text(part):
-            raise settings.error(f"has both url and {part}: Litestream refuses that", "url")
+    if url and path:
+        raise settings.error("has both url and path: Litestream refuses that", "url")
     age = replica.section("age") or settings.defaults.section("age")
     if age is not None and (age.has_items("identities") or age.has_items("recipients")):
         raise settings.error("is encrypted with age, which Litestream 0.5 refuses", "age")
@@ -83,7 +82,10 @@ def _s3_url(settings: Settings, url: str, path: str, relative: str | None) -> st
     query: dict[str, str] = {}
     force = settings.flag("force-path-style")
     endpoint = settings.text("endpoint")
+    bucket = settings.text("bucket")
     if url:
+        if bucket:
+            raise settings.error("has both url and bucket: Litestream refuses that", "url")
         base, _, text = url.partition("?")
         query = _query(settings, text)
         if force or (force is None and endpoint):
@@ -91,7 +93,6 @@ def _s3_url(settings: Settings, url: str, path: str, relative: str | None) -> st
         if relative is not None:
             base = f"{base.rstrip('/')}/{quote(relative)}"
     else:
-        bucket = settings.text("bucket")
         if not bucket:
             raise settings.error("an s3 replica needs a bucket")
         if relative is not None:

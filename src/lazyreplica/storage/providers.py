@@ -36,7 +36,7 @@ _HOSTS = (
 )
 _OTHERS = (
     # Pattern, and the region to write.
-    (re.compile(r"(?:(?P<bucket>.+)\.)?(?P<host>[^.]+(?:\.(?:eu|us|fedramp))?\.r2\.cloudflarestorage\.com)"), "auto"),
+    (re.compile(r"(?:(?P<bucket>.+)\.)?(?P<host>[0-9a-f]{32}(?:\.[a-z]+)?\.r2\.cloudflarestorage\.com)"), "auto"),
     (re.compile(r"(?:(?P<bucket>.+)\.)?(?P<host>fly\.storage\.tigris\.dev|t3\.storage\.dev)"), "auto"),
     (re.compile(r"(?:(?P<bucket>.+)\.)?(?P<host>(?P<region>[^.]+)\.linodeobjects\.com)"), "{region}"),
     (re.compile(r"(?:(?P<bucket>.+)\.)?(?P<host>(?P<region>[^.]+)\.your-objectstorage\.com)"), "{region}"),
