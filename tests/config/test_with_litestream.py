@@ -115,10 +115,10 @@ def test_replicas_with_a_url_and_keys_in_the_file(
         shown += [repr(it) for it in gc.get_objects() if str(type(it).__module__).startswith("lazyreplica")]
         store.close()
     assert rclone.secret_key not in "\n".join(map(str, shown)) + caplog.text
-    (data / "litestream.yml").write_text((data / "litestream.yml").read_text().replace(rclone.secret_key, "wrong"))
+    (data / "litestream.yml").write_text((data / "litestream.yml").read_text().replace(rclone.secret_key, "MISTAKEN"))
     with pytest.raises(AccessDenied, match=r"Used: access-key-id in .*litestream\.yml:5; check a") as caught:
         apsw.Connection("file:app.db?vfs=litestream", flags=URI)
-    assert "wrong" not in str(caught.value)
+    assert "MISTAKEN" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["url", "fields", "file"])

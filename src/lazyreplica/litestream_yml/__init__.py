@@ -100,9 +100,10 @@ def load(environ: Mapping[str, str] = os.environ) -> WriterConfig | None:
 
 def _find(environ: Mapping[str, str]) -> str | None:
     if named := environ.get(CONFIG_VARIABLE, ""):
-        if not Path(named).is_file():
+        path = absolute(named)
+        if not Path(path).is_file():
             raise ConfigError(f"{CONFIG_VARIABLE} is {named!r}, which is not a file")
-        return named
+        return path
     return next((place for place in _USUAL if Path(place).is_file()), None)
 
 

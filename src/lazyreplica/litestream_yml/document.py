@@ -53,8 +53,9 @@ class Section:
 
     def warn_of_strangers(self, known: frozenset[str]) -> None:
         """Name the keys that Litestream does not know, and so passes over in silence."""
-        for key in self._nodes.keys() - known:
-            self.warn(f"{key!r} is no key that Litestream knows here: ignored", key)
+        for key in self._nodes:
+            if key not in known:
+                self.warn(f"{key!r} is no key that Litestream knows here: ignored", key)
 
     def text(self, key: str) -> str:
         """The scalar at `key`, as it is written."""
