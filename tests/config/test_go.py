@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazyreplica.litestream_yml import go
@@ -30,6 +30,7 @@ def test_expand(text: str, expanded: str) -> None:
     assert go.expand(text, lambda name: VALUES.get(name, "")) == expanded
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(), st.text())
 def test_expansion_ends_and_is_not_repeated(text: str, value: str) -> None:
     seen: list[str] = []
@@ -66,6 +67,7 @@ def test_malformed_patterns(pattern: str) -> None:
         go.compile_pattern(pattern)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text("ab-]^[\\*?", max_size=8), st.text("ab-]^[*", max_size=4))
 def test_a_pattern_compiles_or_is_malformed(pattern: str, name: str) -> None:
     try:

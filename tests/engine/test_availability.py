@@ -80,7 +80,7 @@ def test_those_who_wait_for_an_open_share_its_failure(
 ) -> None:
     attempts = []
 
-    def refuse(url: str) -> SpyStore:
+    def refuse(url: str, credentials: object) -> SpyStore:
         attempts.append(url)
         time.sleep(0.5)
         raise StoreUnavailable("nobody answers")
