@@ -196,7 +196,7 @@ def connections(
     """Connections to one replica, with next to no page cache of SQLite's own in some of them."""
     made: list[apsw.Connection] = []
     with monkeypatch.context() as patched:
-        patched.setattr(registry, "open_store", lambda url: store)
+        patched.setattr(registry, "open_store", lambda *_: store)
         try:
             for n in range(count):
                 made.append(lazyreplica.connect(store.url, hydrate=False, poll_interval=0, read_timeout=5, **options))

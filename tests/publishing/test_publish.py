@@ -251,7 +251,7 @@ def test_to_seaweed_in_parts(
 ) -> None:
     store = s3.S3Store
     limit = {"multipart_threshold": 5 << 20}  # S3's smallest part
-    monkeypatch.setattr(s3, "S3Store", lambda parsed: store(parsed, **limit))
+    monkeypatch.setattr(s3, "S3Store", lambda *arguments: store(*arguments, **limit))
     for name, value in seaweed.env.items():
         monkeypatch.setenv(name, value)
     bucket = seaweed.new_bucket()
