@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -116,8 +116,11 @@ class Relocator:
                 # Whoever had the lock before us may have learned of it.
                 found = None if self._outdated else self.stand_in(snapshot, pgno)
                 if found is None:
-                    self._plan_again(snapshot, gone, deadline)
+                    listed = self._plan_again(snapshot, gone, deadline)
                     found = self.stand_in(snapshot, pgno)
+                    if found is None and self._take_back(listed):
+                        self._plan_again(snapshot, gone, deadline)
+                        found = self.stand_in(snapshot, pgno)
             finally:
                 self._planning.release()
         if found is None:
@@ -139,8 +142,25 @@ class Relocator:
             f"{self._timeout:g} seconds: try again"
         )
 
-    def _plan_again(self, snapshot: Snapshot, gone: Layer, deadline: float) -> None:
-        """Learn of states made of the files that are there now: the newest, and the newest at or below the pin."""
+    def _take_back(self, listed: Iterable[StoredFile]) -> bool:
+        """Believe a listing that still shows files which a read did not find: a store may say so for a moment.
+
+        Returns whether there are such files. Only asked where nothing else is left, for a listing may be out of date.
+        """
+        shown = set(listed)
+        with self._noting:
+            back = [layer for layer in self._gone if layer.file in shown]
+            for layer in back:
+                self._gone.discard(layer)
+        for layer in back:
+            log.info("%s was not found, but is listed: trying it again", layer)
+        return bool(back)
+
+    def _plan_again(self, snapshot: Snapshot, gone: Layer, deadline: float) -> tuple[StoredFile, ...]:
+        """Learn of states made of the files that are there now: the newest, and the newest at or below the pin.
+
+        Returns the listing.
+        """
 
         def left() -> float:
             seconds = deadline - now()
@@ -148,24 +168,27 @@ class Relocator:
                 raise self._late(gone)
             return seconds
 
+        listed: tuple[StoredFile, ...] = ()
         for attempt in range(3):
             self._states = tuple(s for s in self._states if not any(layer in self._gone for layer in s.pages.layers()))
             self._outdated = False
             with self._noting:
                 vanished = {layer.file for layer in self._gone}
-            files = [file for file in self._store.list_all(left()).files if file not in vanished]
+            listed = self._store.list_all(left()).files
+            files = [file for file in listed if file not in vanished]
             try:
                 # Between the listing and the use of its newest state: then every layer up to that is known.
                 ours = self._catch_up(left())
                 lineage = self._head.current.lineage
                 if not ours or origin_of(snapshot.lineage) is not lineage:
-                    return  # the listing shows another history: nothing in it can stand in
+                    return ()  # the listing shows another history: nothing in it can stand in
                 for chain in _candidates(files, snapshot.txid):
                     self._remember(lineage, chain, left())
             except FileVanished as exc:
                 log.info("files vanished while planning again, attempt %d: %s", attempt + 1, exc)
                 continue
-            return
+            return listed
+        return listed
 
     def _remember(self, lineage: Lineage, chain: Chain, timeout: float) -> None:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from faulty import Published
 
+from support.bank import build_bank
 from support.data import build_social
 from support.faultproxy import FaultProxy
 from support.litestream import replicate_once
@@ -27,6 +28,15 @@ def proxy(rclone: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultPr
 def social(tmp_path_factory: pytest.TempPathFactory, rclone: S3Server, litestream: Path) -> Published:
     """A replica of one file, too large to be fetched whole at open: every cold page is a request. Nobody changes it."""
     db = build_social(tmp_path_factory.mktemp("social") / "social.db")
+    bucket = rclone.new_bucket()
+    replicate_once(db, rclone.url(bucket, "app"), env=rclone.env)
+    return Published(rclone, bucket, db)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory, rclone: S3Server, litestream: Path) -> Published:
+    """A replica of one file that is fetched whole at open."""
+    db = build_bank(tmp_path_factory.mktemp("small") / "small.db", accounts=200)
     bucket = rclone.new_bucket()
     replicate_once(db, rclone.url(bucket, "app"), env=rclone.env)
     return Published(rclone, bucket, db)

@@ -19,6 +19,7 @@ from support.faultproxy import FaultProxy
 from support.servers import S3Server
 
 QUERY = "SELECT id, user_id, created, title, body FROM posts WHERE id % 7 = 3 ORDER BY id"
+SMALL = "SELECT id, balance FROM accounts ORDER BY id"
 OBJECT = r"\.ltx$"
 STILL = {"hydrate": False, "poll_interval": 0, "cache_size": 0, "prefetch": "none"}
 """Every read is a request, and none is made but for a read."""

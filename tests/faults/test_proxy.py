@@ -35,7 +35,7 @@ def passes(server: S3Server) -> None:
         assert part["Body"].read() == DATA[100:300] and part["ContentRange"] == f"bytes 100-299/{len(DATA)}"
         assert client.head_object(Bucket=bucket, Key="a b/ä")["ContentLength"] == len(DATA)
         assert [each["Key"] for each in client.list_objects_v2(Bucket=bucket)["Contents"]] == ["a b/ä"]
-        with pytest.raises(ClientError, match="404|NoSuchKey"):
+        with pytest.raises(ClientError, match=r"404|NoSuchKey"):
             client.get_object(Bucket=bucket, Key="none")
         assert proxy.requests == {"PUT": 1, "GET": 3, "HEAD": 1, "LIST": 1}
         client.close()

@@ -167,7 +167,7 @@ class _Reply:
 
 
 class FaultProxy:
-    """Listens on a port of its own from `__enter__` to `__exit__`; `refuse` and `listen` take it away and bring it back.
+    """Listens on a port of its own from `__enter__` to `__exit__`; `refuse` takes it away, `listen` brings it back.
 
     Every method may be called from any thread.
     """
@@ -294,6 +294,8 @@ class FaultProxy:
         """Answer one request; False ends the connection."""
         rules = [rule for rule in self._rules if rule.fits(request)]
         for rule in rules:
+            if rule.count == 0:  # while others were served; between this check and the strike nobody else is
+                continue
             if rule.fault is Fault.DELAY:
                 rule.strike()
                 await asyncio.sleep(rule.seconds)
@@ -309,7 +311,7 @@ class FaultProxy:
         listing = request.method == "LIST" and reply.status == 200
         earlier = self._remember(request, reply) if listing else []
         for rule in rules:
-            if rule.largest is not None and reply.size > rule.largest:
+            if rule.count == 0 or (rule.largest is not None and reply.size > rule.largest):
                 continue
             ended = await self._spoil(rule, request, reply, earlier, writer)
             if ended is not None:
@@ -342,9 +344,12 @@ class FaultProxy:
             first, rest = reply.get("content-range").removeprefix("bytes ").split("-", 1)
             reply.put("Content-Range", f"bytes {int(first) + 1}-{rest}")
         elif fault is Fault.WHOLE_BODY and reply.get("content-range"):
+            rule.strike()
             whole = await asyncio.to_thread(self._whole, request)
             reply.fields = [each for each in reply.fields if each[0].lower() != "content-range"]
             reply.status, reply.reason, reply.body = 200, "OK", whole
+            await _send(request, reply, writer)
+            return not reply.closes
         elif fault is Fault.FLIPPED and body:
             place = rule._rng.randrange(len(body))
             reply.body = body[:place] + bytes([body[place] ^ 0xFF]) + body[place + 1 :]
