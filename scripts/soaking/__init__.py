@@ -1,0 +1,1 @@
+"""The soak runner: see `scripts/soak`."""
