@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import apsw
 
@@ -24,15 +24,14 @@ from soaking import sabotage
 from soaking.invariants import Anomaly, Moment, look, look_closely
 
 KINDS = ("plain", "hydrating", "shared", "long", "threads", "short")
-_CATCH_UP = 90.0
-"""Seconds within which a reader must show the last transaction once all faults are over."""
 _DAMAGED = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError, apsw.SQLError)
 
 
 class Tally:
     """What a process has seen since it last reported. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: IO[str]) -> None:
+        self._output = output
         self._lock = threading.Lock()
         self._reset()
 
@@ -70,7 +69,8 @@ class Tally:
                 **more,
             }
             self._reset()
-        print(json.dumps(line), flush=True)
+        self._output.write(json.dumps(line) + "\n")
+        self._output.flush()
 
 
 class Library(Protocol):
@@ -195,24 +195,25 @@ def _transaction(con: apsw.Connection) -> Iterator[None]:
             con.execute("ROLLBACK")
 
 
-def _catch_up(reader: Reader, tally: Tally, final: int) -> None:
+def _catch_up(reader: Reader, tally: Tally, final: int, patience: float) -> None:
     """See the primary's last transaction, over the connection that went through all the faults."""
-    deadline = time.monotonic() + _CATCH_UP
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if reader.read(integrity=True) and reader.last.n == final:
             return
         time.sleep(0.3)
-    tally.anomaly(f"stands at transaction {reader.last.n}, {_CATCH_UP:g} s after the primary ended at {final}")
+    tally.anomaly(f"stands at transaction {reader.last.n}, {patience:g} s after the primary ended at {final}")
 
 
-def _run(reader: Reader, tally: Tally, pace: tuple[float, float], limit: int | None, orders: _Orders) -> None:
+def _run(reader: Reader, tally: Tally, given: dict[str, Any], orders: _Orders) -> None:
+    pace, limit, patience = given["pace"], given["transactions"], given["patience"]
     rng = random.Random()  # when to look is no part of the workload
     while not orders.ended.wait(rng.uniform(*pace)):
         reader.read()
         if limit is not None and (limit := limit - 1) <= 0:
             break
     if orders.final is not None:
-        _catch_up(reader, tally, orders.final)
+        _catch_up(reader, tally, orders.final, patience)
     reader.close()
 
 
@@ -239,15 +240,18 @@ def _first_line() -> str:
 
 
 def main() -> None:
+    # What a library prints (the peer's does, below Python) must not get between our lines.
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     orders = json.loads(_first_line())
     if orders["sabotage"]:
         sabotage.install(orders["sabotage"])
     library: Library = (Peer if orders["peer"] else Ours)(orders)
-    tally, more = Tally(), _Orders()
+    tally, more = Tally(output), _Orders()
     readers = [
         Reader(library, tally, random.Random(orders["seed"] + number), orders) for number in range(orders["threads"])
     ]
-    threads = [threading.Thread(target=_run, args=(reader, tally, orders["pace"], orders["transactions"], more)) for reader in readers]
+    threads = [threading.Thread(target=_run, args=(reader, tally, orders, more)) for reader in readers]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):

@@ -96,7 +96,9 @@ class Result:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    lines = [f"{'reader':<10} {'procs':>5} {'checked':>8} {'anomalies':>9} {'age p50':>8} {'p95':>7}  errors that are allowed"]
+    lines = [
+        f"{'reader':<10} {'procs':>5} {'checked':>8} {'anomalies':>9} {'age p50':>8} {'p95':>7}  errors that are allowed"
+    ]
     for kind, group in summary["readers"].items():
         errors = ", ".join(f"{name} {count}" for name, count in sorted(group["errors"].items())) or "-"
         lines.append(
