@@ -7,9 +7,10 @@ import json
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 from soaking import sabotage
-from soaking.follow import follow
+from soaking.follow import follow, is_flat, shown
 from soaking.readers import KINDS
 from soaking.report import table
 from soaking.runner import Plan, soak
@@ -41,8 +42,12 @@ def main() -> int:
     parser.add_argument("--sabotage", choices=("", sabotage.PAGE, sabotage.TXID), default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.follow:
-        summary = follow(given.follow)
-        bad = bool(summary["anomalies"])
+        runs = []
+        for hydrate in (False, True):
+            runs.append(follow(given.follow, hydrate=hydrate))
+            print(shown(runs[-1]), flush=True)
+        summary: dict[str, Any] = {"runs": runs}
+        bad = not all(map(is_flat, runs))
     else:
         seed = secrets.randbelow(10**6) if given.seed is None else given.seed
         plan = Plan(

@@ -96,9 +96,7 @@ class Result:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    lines = [
-        f"{'reader':<10} {'procs':>5} {'checked':>8} {'anomalies':>9} {'age p50':>8} {'p95':>7}  errors that are allowed"
-    ]
+    lines = [f"{'reader':<10} {'procs':>5} {'checked':>8} {'anomalies':>9} {'age p50':>8} {'p95':>7}  allowed errors"]
     for kind, group in summary["readers"].items():
         errors = ", ".join(f"{name} {count}" for name, count in sorted(group["errors"].items())) or "-"
         lines.append(

@@ -80,7 +80,7 @@ class Crew:
             "faults": self._plan.faults,
             "sabotage": self._plan.sabotage,
             "seed": self._plan.seed * 1000 + number,
-            "options": self._options(kind, number),
+            "options": self._options(kind),
             "threads": 4 if kind == "threads" else 1,
             "hold": (2.0, 12.0) if kind == "long" else None,
             "pace": (0.3, 0.8) if kind == "threads" else (0.05, 0.4),
@@ -102,7 +102,7 @@ class Crew:
         self._readers.append(reader)
         self.result.groups.setdefault(kind, Group()).processes += 1
 
-    def _options(self, kind: str, number: int) -> dict[str, object]:
+    def _options(self, kind: str) -> dict[str, object]:
         options: dict[str, object] = {"hydrate": False, "poll_interval": 0.3, "read_timeout": 5}
         if kind == "plain":
             options["cache_size"] = 256 << 10

@@ -344,12 +344,11 @@ class FaultProxy:
             first, rest = reply.get("content-range").removeprefix("bytes ").split("-", 1)
             reply.put("Content-Range", f"bytes {int(first) + 1}-{rest}")
         elif fault is Fault.WHOLE_BODY and reply.get("content-range"):
-            rule.strike()
             whole = await asyncio.to_thread(self._whole, request)
+            if whole is None or rule.count == 0:  # removed meanwhile, or others were struck
+                return None
             reply.fields = [each for each in reply.fields if each[0].lower() != "content-range"]
             reply.status, reply.reason, reply.body = 200, "OK", whole
-            await _send(request, reply, writer)
-            return not reply.closes
         elif fault is Fault.FLIPPED and body:
             place = rule._rng.randrange(len(body))
             reply.body = body[:place] + bytes([body[place] ^ 0xFF]) + body[place + 1 :]
@@ -367,12 +366,17 @@ class FaultProxy:
             known.append(reply.body)
         return earlier
 
-    def _whole(self, request: _Request) -> bytes:
-        """The whole object. With a request of our own: the client has signed its Range header."""
+    def _whole(self, request: _Request) -> bytes | None:
+        """The whole object, if it is there. With a request of our own: the client has signed its Range header."""
+        from botocore.exceptions import ClientError
+
         bucket, _, key = unquote(urlsplit(request.target).path).lstrip("/").partition("/")
         client = self._server.client()
         with contextlib.closing(client):
-            return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+            try:
+                return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+            except ClientError:
+                return None
 
 
 class _Upstream:
