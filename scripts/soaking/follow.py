@@ -197,7 +197,7 @@ def _measure(replica: Replica, transactions: int) -> dict[str, Any]:
 def is_flat(measured: dict[str, Any]) -> bool:
     """Whether nothing grew after the warm-up: memory by less than 5 %, descriptors and threads not at all."""
     (files_warm, files_end), (threads_warm, threads_end) = measured["descriptors"], measured["threads"]
-    return measured["growth"] < 0.05 and files_end <= files_warm + 2 and threads_end <= threads_warm
+    return bool(measured["growth"] < 0.05 and files_end <= files_warm + 2 and threads_end <= threads_warm)
 
 
 def shown(measured: dict[str, Any]) -> str:
