@@ -316,9 +316,9 @@ class Follower:
 
     def _walk(self, head: Snapshot, files: tuple[StoredFile, ...], arrival: Arrival | None) -> None:
         """A file that ends where we stand is still there: whatever continues it continues our history."""
+        self._recorded = set(files)  # even if none of them can be read now: by the next poll we may know no other
         chain = extend(files, head.txid)
         layers = self._layers.open_chain(chain) if chain else []
-        self._recorded = set(files)
         for layer in layers:
             data = arrival.data if arrival and arrival.layer is layer else self._layers.kept(layer)
             self._apply(self._head.current, Arrival(layer, data))
@@ -342,6 +342,8 @@ class Follower:
             if self._set_back < 2:
                 return
             ours = False
+        if ours:
+            self._recorded |= set(files)  # as in `_walk`
         layers = self._layers.open_chain(plan(files))
         same = ours and layers[-1].header.page_size == head.page_size
         snapshot = stack_snapshot(layers, head.lineage.next_epoch() if same else Lineage())

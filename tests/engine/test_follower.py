@@ -21,6 +21,7 @@ from lazyreplica.errors import (
     ReplicaDamaged,
     ReplicaGap,
     SnapshotGone,
+    StoreUnavailable,
 )
 from lazyreplica.ltx import FileName
 
@@ -468,4 +469,33 @@ def test_a_file_whose_date_is_set_after_we_took_it_is_no_other_history(directory
         replica.refresh()
         assert replica.head.txid == 3
         assert replica.head.lineage is lineage
+        assert read_database(replica) == history.database()
+
+
+def test_listings_whose_files_cannot_be_read_still_tell_that_the_path_is_ours(directory: ReplicaDirectory) -> None:
+    """Storage fails for as long as retention keeps files: no poll gets through, but each has seen what goes on."""
+    history, _ = start(directory.path)
+    store = SpyStore(directory.url)
+    with opened(store) as replica:
+        lineage = replica.head.lineage.number
+
+        def fail(*_: object) -> None:
+            raise StoreUnavailable("no answer")
+
+        store.before_read = fail
+        removed = [(0, 1, 1)]
+        for newest in (3, 5, 7):
+            history.commit([1])
+            history.commit([2])
+            directory.write(history, 1, newest - 1, newest)
+            directory.write(history, 9, 1, newest)
+            with pytest.raises(StoreUnavailable):
+                replica.refresh()
+            for gone in removed:
+                directory.remove(*gone)
+            removed = [(1, newest - 1, newest), (9, 1, newest)]
+        store.before_read = lambda *_: None
+        replica.refresh()
+        assert replica.head.txid == 7
+        assert replica.head.lineage.number == lineage
         assert read_database(replica) == history.database()
