@@ -98,6 +98,7 @@ def test_a_lasting_fault_is_one_clear_error_in_time_and_heals(
         assert rows(connection) == social.rows()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error"), [*LASTING, (Fault.NOT_FOUND, LazyReplicaError)], ids=lambda value: getattr(value, "value", "")
 )
