@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--readers", type=_kinds, default=_kinds(_READERS), metavar="KINDS", help=f"default {_READERS}")
     parser.add_argument("--server", choices=("seaweed", "rclone"), default="seaweed")
     parser.add_argument("--rate", type=float, default=25.0, help="the primary's transactions a second")
-    parser.add_argument("--l0-retention", default="3s", help="Litestream's; 0s removes a file once it is compacted")
+    parser.add_argument("--l0-retention", default="3s", help="Litestream's; with 0s it keeps every file of level 0")
     parser.add_argument("--peer", action="store_true", help="read with litestream-vfs instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there too")
     parser.add_argument("--follow", type=int, metavar="N", help="only follow N transactions at machine speed")
