@@ -62,9 +62,7 @@ def test_the_wheel_holds_two_typed_packages_and_no_tests(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"lazyreplica", "lazyreplica_vfs"}
     assert {"lazyreplica/py.typed", "lazyreplica_vfs/py.typed"} <= set(names)
-    assert not [
-        name for name in names if re.search(r"\btests?\b|test_", name) or name.endswith((".pyc", ".db", ".ltx"))
-    ]
+    assert not [name for name in names if re.search(r"\btests?\b|test_|\.(pyc|db|ltx)$", name)]
     assert [name for name in names if name.endswith("LICENSE")]
 
 

@@ -37,8 +37,8 @@ from lazyreplica.bulk import (
     Progress,
     WorkerLost,
 )
-from lazyreplica.bulkjob import decode_event, encode_event, encode_job, read_job
-from lazyreplica.bulkpages import runs
+from lazyreplica.bulk.job import decode_event, encode_event, encode_job, read_job
+from lazyreplica.bulk.pages import runs
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, Compression, FileName, Header, decode_file, encode_file
 from lazyreplica.storage import StoredFile, open_store
 from support.servers import S3Server
@@ -654,10 +654,10 @@ def test_the_child_loads_neither_apsw_nor_the_vfs() -> None:
     command = bulk._command()
     work = "main(int(parent))"
     script = next(part for part in command if work in part)
-    modules = "import lazyreplica.storage.s3, lazyreplica.bulkloader\nprint(*sys.modules)"
+    modules = "import lazyreplica.storage.s3, lazyreplica.bulk.loader\nprint(*sys.modules)"
     command[command.index(script)] = script.replace(work, modules)
     loaded = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
-    assert "lazyreplica.bulkloader" in loaded
+    assert "lazyreplica.bulk.loader" in loaded
     assert not {module.partition(".")[0] for module in loaded} & {"apsw", "lazyreplica_vfs", "site"}
 
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
-from lazyreplica.bulkjob import BulkJob, Event, FileDamaged, FileDone, FileGone, Progress
-from lazyreplica.bulkpages import PageFile
-from lazyreplica.bulkpieces import Piece, PieceReader
-from lazyreplica.bulkplan import Plan, check_header, plan, plan_whole
+from lazyreplica.bulk.job import BulkJob, Event, FileDamaged, FileDone, FileGone, Progress
+from lazyreplica.bulk.pages import PageFile
+from lazyreplica.bulk.pieces import Piece, PieceReader
+from lazyreplica.bulk.plan import Plan, check_header, plan, plan_whole
 from lazyreplica.errors import FileVanished, LazyReplicaError, LTXError
 from lazyreplica.ltx.decoder import StreamDecoder
 from lazyreplica.ltx.frame import decode_frame

@@ -2,6 +2,10 @@
 
 A child process, because threads that decode keep readers from the interpreter lock: with four of them a local point
 query took 3.9 ms (p99) instead of 63 us.
+
+    worker     the child process                  loader   its work: decode, write, verify, take back
+    plan       which bytes of a file              pieces   reads of them, side by side
+    pages      the file and its presence map      job      what the two processes say to each other
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
-from lazyreplica.bulkjob import (
+from lazyreplica.bulk.job import (
     BulkFile,
     BulkJob,
     Event,
@@ -55,10 +59,10 @@ _PYTHON = re.compile(r"(python|pypy)[\w.-]*", re.IGNORECASE)
 _BOOTSTRAP = """
 import sys, types
 parent, package, *sys.path = sys.argv[1:]
-for name in ("lazyreplica", "lazyreplica.ltx"):
+for name in ("lazyreplica", "lazyreplica.bulk", "lazyreplica.ltx"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [package + name[11:].replace(".", "/")]
-from lazyreplica.bulkworker import main
+from lazyreplica.bulk.worker import main
 main(int(parent))
 """
 """Imports modules without the packages' own `__init__`: the first registers the VFS, which takes APSW and 80 ms.
@@ -223,5 +227,5 @@ def _command() -> list[str]:
     if getattr(sys, "frozen", False) or not _PYTHON.fullmatch(Path(executable).name):
         raise OSError(f"sys.executable is {executable!r}, expected a Python interpreter: no process for bulk loading")
     paths = [path for path in sys.path if isinstance(path, str)]
-    package = str(Path(__file__).parent)
+    package = str(Path(__file__).parents[1])
     return [executable, "-S", "-P", "-c", _BOOTSTRAP, str(os.getpid()), package, *paths]

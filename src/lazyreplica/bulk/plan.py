@@ -6,8 +6,8 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lazyreplica.bulkjob import BulkFile
-from lazyreplica.bulkpieces import PIECE, Piece
+from lazyreplica.bulk.job import BulkFile
+from lazyreplica.bulk.pieces import PIECE, Piece
 from lazyreplica.errors import LTXError
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header
 from lazyreplica.ltx.index import PageIndex, locate_index

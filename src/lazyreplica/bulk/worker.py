@@ -11,8 +11,8 @@ import select
 import signal
 import threading
 
-from lazyreplica.bulkjob import Event, Failed, encode_event, read_job
-from lazyreplica.bulkpieces import PieceReader
+from lazyreplica.bulk.job import Event, Failed, encode_event, read_job
+from lazyreplica.bulk.pieces import PieceReader
 from lazyreplica.storage import open_store
 
 PAUSE, RESUME = b"p", b"r"
@@ -84,6 +84,6 @@ def _work(parent: Parent, gate: threading.Event) -> None:
     store = open_store(job.url)
     reader = PieceReader(store, job.connections, job.timeout, gate)
     reader.prepare()
-    from lazyreplica.bulkloader import Loader  # takes as long as a handshake: meanwhile
+    from lazyreplica.bulk.loader import Loader  # takes as long as a handshake: meanwhile
 
     Loader(job, store, reader, gate, parent.tell).run()
