@@ -27,6 +27,7 @@ ORDER = [
     "hydration",
     "hydrator",
     "attachment",
+    "bulkfilling",
     "filling",
     "follower",
     "fetcher",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lazyreplica.cache import PageCache
 from lazyreplica.errors import FileVanished, LTXError, SnapshotGone
@@ -59,6 +59,7 @@ class Fetcher:
         self._trees = trees
         self._timeout = timeout
         self._demand = 0
+        self._listener: Callable[[int], None] | None = None
         self._counting = threading.Lock()
 
     @property
@@ -240,10 +241,19 @@ class Fetcher:
         return data
 
     def _read(self, layer: Layer, start: int, end: int, timeout: float) -> Data:
-        with self._counting:
-            self._demand += 1
+        self._count(1)
         try:
             return self._layers.load(layer, start, end, timeout)
         finally:
-            with self._counting:
-                self._demand -= 1
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._demand += change
+            if self._listener is not None:
+                self._listener(self._demand)
+
+    def listen(self, listener: Callable[[int], None] | None) -> None:
+        """Tell `listener` how many demand reads are waiting for the network, at each change. It must be quick."""
+        with self._counting:
+            self._listener = listener

@@ -95,6 +95,10 @@ class Filler:
         self._stop = stop
         self._timeout = timeout
 
+    def is_here(self, layer: Layer) -> bool:
+        """Whether the layer's file is in memory, or known to be gone: nothing to download."""
+        return self._layers.kept(layer) is not None or self._relocator.is_gone(layer)
+
     def fill(self, snapshot: Snapshot, copy: LocalCopy, wanted: Wanted) -> None:
         """Write those pages into the base of `copy`, whose newest state `snapshot` is.
 
@@ -140,15 +144,15 @@ class Filler:
             except LTXError as exc:
                 base.forget(pgnos)
                 if last:
-                    self.distrust(layer, exc)
+                    raise self.distrust(layer, str(exc)) from exc
                 log.warning("%s is damaged (%s); fetching it again", layer, exc)
             else:
                 return
 
-    def distrust(self, layer: Layer, exc: LTXError) -> None:
-        """None of the file's pages is served any more, from anywhere. Raises `LTXError`."""
-        self._fetcher.distrust(layer, str(exc))
-        raise LTXError(f"{layer} of {self._store.url} is damaged: {exc}") from exc
+    def distrust(self, layer: Layer, reason: str) -> LTXError:
+        """None of the file's pages is served any more, from anywhere. The error that says so."""
+        self._fetcher.distrust(layer, reason)
+        return LTXError(f"{layer} of {self._store.url} is damaged: {reason}")
 
     def _read_ranges(self, source: Layer, pgnos: list[int], base: Base) -> None:
         """Read pages out of a file of which most is not wanted."""

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterable
 
 from lazyreplica.attachment import Attachment, Foreign
+from lazyreplica.bulkfilling import BulkFiller
 from lazyreplica.config import Options
+from lazyreplica.fetcher import Fetcher
 from lazyreplica.filling import Filler
 from lazyreplica.head import Head
 from lazyreplica.hydrator import Hydrator
@@ -25,7 +27,13 @@ MakeFiller = Callable[[threading.Event], Filler]
 
 
 def make_hydrator(
-    store: Store, layers: Layers, head: Head, make_filler: MakeFiller, options: Options, listed: Iterable[StoredFile]
+    store: Store,
+    layers: Layers,
+    head: Head,
+    fetcher: Fetcher,
+    make_filler: MakeFiller,
+    options: Options,
+    listed: Iterable[StoredFile],
 ) -> Hydrator | None:
     """The hydrator that the options ask for, or None: also where the disk does not allow it, with a warning.
 
@@ -39,7 +47,8 @@ def make_hydrator(
     if local is None:
         return None
     stop = threading.Event()
-    return Hydrator(store, layers, head, make_filler(stop), stop, local, options.read_timeout)
+    bulk = BulkFiller(store, fetcher.listen, options.read_timeout)
+    return Hydrator(store, layers, head, make_filler(stop), bulk, stop, local, options.read_timeout)
 
 
 def _attachment(url: str, layers: Layers, head: Head, options: Options, listed: list[StoredFile]) -> Attachment | None:

@@ -10,9 +10,11 @@ import logging
 import threading
 from collections import deque
 
+from lazyreplica import bulkfilling
 from lazyreplica.attachment import Attachment
+from lazyreplica.bulkfilling import BulkFiller
 from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreError
-from lazyreplica.filling import Filler, Stopped, pages_of, share_out
+from lazyreplica.filling import Filler, Stopped, Wanted, pages_of, share_out
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.continuation import Continuation, continuation
@@ -42,6 +44,7 @@ class Hydrator:
         layers: Layers,
         head: Head,
         filler: Filler,
+        bulk: BulkFiller,
         stop: threading.Event,
         local: Attachment,
         timeout: float,
@@ -54,6 +57,9 @@ class Hydrator:
         self._stop = stop
         self.local = local
         self._timeout = timeout
+        self._bulk = bulk
+        self._by_hand = False
+        """Whether what is missing now is fetched in this process: the bulk loader could not bring it."""
         self._wake = threading.Event()
         self._behind: deque[Layer] = deque()
         """Transactions that became visible before the copy had them."""
@@ -235,7 +241,7 @@ class Hydrator:
                 copy.append(layer, self._filler.pages(layer))
             except LTXError as exc:
                 if last:
-                    self._filler.distrust(layer, exc)
+                    raise self._filler.distrust(layer, str(exc)) from exc
                 log.warning("%s is damaged (%s); fetching it again", layer, exc)
             else:
                 self.local.announce(copy)
@@ -253,10 +259,26 @@ class Hydrator:
             raise Stopped  # the head has moved on in this moment
         if missing[-1] > copy.base.commit:
             self._fold(copy)
-        for wanted in share_out(head, missing):
+        shares = share_out(head, missing)
+        large = [each for each in shares if not self._filler.is_here(each.layer)]
+        if sum(each.layer.file.size for each in large) >= bulkfilling.WORTH and not self._by_hand:
+            self._fill_in_bulk(copy, large)
+            return  # what it could not bring is still missing
+        for wanted in shares:
             self._filler.fill(head, copy, wanted)
             if self.local.copy is not copy:
                 return
+        self._by_hand = False
+
+    def _fill_in_bulk(self, copy: LocalCopy, wanted: list[Wanted]) -> None:
+        self._by_hand = True  # whatever is missing after this
+        try:
+            damaged = self._bulk.fill(copy.base, wanted, lambda: self.local.copy is copy)
+        except LazyReplicaError as exc:
+            log.info("%s is not loaded in bulk: %s", self._store.url, exc)
+            return
+        for layer, reason in damaged.items():
+            raise self._filler.distrust(layer, reason)
 
     def _tend(self, copy: LocalCopy) -> None:
         """Fold the log when it has become long, and let the finished database appear."""
@@ -298,6 +320,7 @@ class Hydrator:
     def stop(self) -> None:
         """Ask the thread to end. A request under way is ended by closing the store."""
         self._stop.set()
+        self._bulk.stop()
         self._wake.set()
 
     def close(self) -> None:

@@ -181,7 +181,7 @@ class Replica:
                 self._store, self.layers, self._head, self._fetcher, relocator, stop, self.options.read_timeout
             )
 
-        return make_hydrator(self._store, self.layers, self._head, make_filler, self.options, listed)
+        return make_hydrator(self._store, self.layers, self._head, self._fetcher, make_filler, self.options, listed)
 
     def _may_poll(self) -> bool:
         """Whether this process is the one that asks the store; else what the one that does has found is taken over."""

@@ -192,6 +192,9 @@ class SpyStore:
     def prepare(self, timeout: float) -> None:
         pass
 
+    def keys(self) -> dict[str, str]:
+        return self.inner.keys()
+
     def list_all(self, timeout: float) -> Listing:
         self.listings += 1
         self.before_list()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -48,7 +48,7 @@ class BulkJob:
     """
 
     url: str
-    """The replica, as the user named it. Credentials come from the environment."""
+    """The replica."""
     database: Path
     """Exists; page p lies at (p-1) * `page_size`."""
     presence: Path
@@ -58,6 +58,8 @@ class BulkJob:
     connections: int
     timeout: float
     """Seconds for each request."""
+    keys: dict[str, str] | None = field(default=None, repr=False)
+    """What `Store.keys` gave: secrets. None: the child looks for credentials in its environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def encode_job(job: BulkJob) -> Iterator[bytes]:
         "page_size": job.page_size,
         "connections": job.connections,
         "timeout": job.timeout,
+        "keys": job.keys,
         "files": [
             (f.level, f.name.min_txid, f.name.max_txid, f.size, f.etag, f.modified, len(each.wanted))
             for each in job.files
@@ -149,6 +152,7 @@ def read_job(read: Callable[[int], bytes]) -> BulkJob:
         tuple(files),
         header["connections"],
         header["timeout"],
+        header["keys"],
     )
 
 

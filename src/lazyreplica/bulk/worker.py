@@ -14,6 +14,7 @@ import threading
 from lazyreplica.bulk.job import Event, Failed, encode_event, read_job
 from lazyreplica.bulk.pieces import PieceReader
 from lazyreplica.storage import open_store
+from lazyreplica.storage.credentials import from_texts
 
 PAUSE, RESUME = b"p", b"r"
 _NICE = 5
@@ -81,7 +82,7 @@ def main(parent_pid: int) -> None:
 def _work(parent: Parent, gate: threading.Event) -> None:
     job = read_job(parent.read_exactly)
     threading.Thread(target=parent.obey, args=(gate,), daemon=True).start()
-    store = open_store(job.url)
+    store = open_store(job.url, None if job.keys is None else from_texts(job.keys))
     reader = PieceReader(store, job.connections, job.timeout, gate)
     reader.prepare()
     from lazyreplica.bulk.loader import Loader  # takes as long as a handshake: meanwhile

@@ -61,6 +61,12 @@ class Store(Protocol):
     def url(self) -> str:
         """The replica's URL for messages: canonical, without secrets."""
 
+    def keys(self) -> dict[str, str]:
+        """What a child process needs beside the URL to open the same store: secrets (see `credentials.from_texts`).
+
+        Raises `AccessDenied` when they cannot be had.
+        """
+
     @property
     def parallel(self) -> int:
         """How many calls at once are worth it: 1 where a call costs no waiting."""

@@ -61,6 +61,25 @@ class CredentialSource:
     """What S3 decrypts the files with, where the configuration names it apart from the URL."""
 
 
+def to_texts(credentials: Credentials | None, key: CustomerKey | None) -> dict[str, str]:
+    """What `from_texts` in a child process makes the same of. Secrets: for a pipe, not for a disk or a log."""
+    texts: dict[str, str] = {}
+    if credentials is not None:
+        texts |= {"access": credentials.access_key, "secret": credentials.secret_key}
+        if credentials.session_token:
+            texts["token"] = credentials.session_token
+    if key is not None:
+        texts |= {"customer_key": key.key, "customer_key_md5": key.md5}
+    return texts
+
+
+def from_texts(texts: Mapping[str, str]) -> CredentialSource:
+    """The credentials that `to_texts` was given. They are not renewed."""
+    found = Credentials(texts["access"], texts["secret"], texts.get("token")) if "access" in texts else None
+    key = CustomerKey(texts["customer_key"], texts["customer_key_md5"]) if "customer_key" in texts else None
+    return CredentialSource("the parent process", lambda: found, _SET_THEM, customer_key=key)
+
+
 def find_credentials(environ: Mapping[str, str] = os.environ, *, anonymous: bool = False) -> CredentialSource:
     """The first of: environment (AWS's, then Litestream's names), AWS's chain (needs botocore), nothing.
 

@@ -36,6 +36,9 @@ class LocalStore:
     def url(self) -> str:
         return str(self._url)
 
+    def keys(self) -> dict[str, str]:
+        return {}
+
     @property
     def parallel(self) -> int:
         return 1

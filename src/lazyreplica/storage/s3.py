@@ -78,6 +78,9 @@ class S3Store:
     def url(self) -> str:
         return str(self._url)
 
+    def keys(self) -> dict[str, str]:
+        return self._client.keys()
+
     @property
     def parallel(self) -> int:
         return _PARALLEL

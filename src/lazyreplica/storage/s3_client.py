@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from lazyreplica.errors import AccessDenied, BucketNotFound, StoreError
-from lazyreplica.storage.credentials import Credentials, CredentialSource
+from lazyreplica.storage.credentials import Credentials, CredentialSource, to_texts
 from lazyreplica.storage.encryption import object_headers
 from lazyreplica.storage.retry import Deadline, TransientError, retrying
 from lazyreplica.storage.s3_xml import S3Failure, parse_failure
@@ -133,6 +133,10 @@ class S3Client:
         credentials = self._credentials.get()
         reply = self._connections.exchange(self._signed(request, credentials), _or_refusal(window), deadline)
         return self._judge(reply, accept, credentials)
+
+    def keys(self) -> dict[str, str]:
+        """Today's credentials, and the key of the files: see `Store.keys`."""
+        return to_texts(self._credentials.get(), self._customer_key)
 
     def start(self, request: Request, deadline: Deadline, *, connect: bool) -> Started | None:
         """Send, and come back for the reply with `finish`, or `abandon` it. None: see `Connections.send`.
