@@ -162,6 +162,8 @@ class Replica:
             return
         # Its index may name the wrong pages, so that older ones showed through: no page is certain any more.
         self._damage.append(_Damage(layer, self._head.current.lineage.number, damage))
+        self._fresh = -1.0
+        self._head.drop_views()
         self._fetcher.distrust(layer, damage)
         if self._hydrator:
             self._hydrator.give_up(LTXError(f"{layer} is damaged: {damage}"))
