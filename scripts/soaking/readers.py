@@ -24,7 +24,8 @@ from soaking import sabotage
 from soaking.invariants import Anomaly, Moment, look, look_closely
 
 KINDS = ("plain", "hydrating", "shared", "long", "threads", "short")
-_DAMAGED = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError, apsw.SQLError)
+_DAMAGED = (apsw.CorruptError, apsw.NotADBError, apsw.FormatError)
+"""SQLite's own words for a database that no primary has written; an error with any other name is only an error."""
 
 
 class Tally:
@@ -39,6 +40,7 @@ class Tally:
         self._transactions = 0
         self._errors: Counter[str] = Counter()
         self._anomalies: list[str] = []
+        self._kinds: Counter[str] = Counter()
         self._seen: list[tuple[str, int, str]] = []
         self._ages: list[float] = []
 
@@ -53,8 +55,11 @@ class Tally:
         with self._lock:
             self._errors[type(exc).__name__] += 1
 
-    def anomaly(self, what: str) -> None:
+    def anomaly(self, kind: str, what: str) -> None:
+        """`kind`: "wrong" for a state that never was, "late" for one that did not come,
+        else the name of an error that is not allowed."""
         with self._lock:
+            self._kinds[kind] += 1
             self._anomalies.append(what)
 
     def report(self, **more: object) -> None:
@@ -63,7 +68,7 @@ class Tally:
                 "transactions": self._transactions,
                 "errors": self._errors,
                 "anomalies": self._anomalies[:20],
-                "more_anomalies": len(self._anomalies[20:]),
+                "anomaly_kinds": self._kinds,
                 "seen": self._seen,
                 "ages": self._ages,
                 **more,
@@ -150,7 +155,7 @@ class Reader:
             with _transaction(self._connection):
                 self._check(self._connection, integrity or self._rng.random() < 0.04)
         except Anomaly as exc:
-            self._tally.anomaly(str(exc))
+            self._tally.anomaly("wrong", str(exc))
         except apsw.Error as exc:
             self._judge(exc)
         else:
@@ -179,7 +184,7 @@ class Reader:
         if self._library.is_allowed(exc):
             self._tally.error(exc)
         else:
-            self._tally.anomaly(f"{type(exc).__name__}: {exc}")
+            self._tally.anomaly(type(exc).__name__, f"{type(exc).__name__}: {exc}")
         if type(exc).__name__ == "LineageChanged":
             self.close()
 
@@ -202,7 +207,7 @@ def _catch_up(reader: Reader, tally: Tally, final: int, patience: float) -> None
         if reader.read(integrity=True) and reader.last.n == final:
             return
         time.sleep(0.3)
-    tally.anomaly(f"stands at transaction {reader.last.n}, {patience:g} s after the primary ended at {final}")
+    tally.anomaly("late", f"stands at transaction {reader.last.n}, {patience:g} s after the primary ended at {final}")
 
 
 def _run(reader: Reader, tally: Tally, given: dict[str, Any], orders: _Orders) -> None:

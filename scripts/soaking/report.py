@@ -15,7 +15,8 @@ class Group:
     transactions: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     anomalies: list[str] = field(default_factory=list)
-    anomaly_count: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Anomalies: "wrong", "late", "ended", or the name of an error that is not allowed."""
     ages: list[float] = field(default_factory=list)
     processes: int = 0
 
@@ -35,9 +36,8 @@ class Result:
         group.transactions += line["transactions"]
         group.errors.update(line["errors"])
         group.ages += line["ages"]
-        for what in line["anomalies"]:
-            self.anomaly(kind, what)
-        group.anomaly_count += line["more_anomalies"]
+        group.kinds.update(line["anomaly_kinds"])
+        group.anomalies += line["anomalies"][: 20 - len(group.anomalies)]
         for txid, n, digest in line["seen"]:
             if self._digests.setdefault(n, digest) != digest:
                 self.anomaly(kind, f"transaction {n} is {digest} here and {self._digests[n]} elsewhere")
@@ -49,9 +49,9 @@ class Result:
         if self._digests.setdefault(n, digest) != digest:
             self.anomaly("primary", f"readers saw {self._digests[n]} at transaction {n}, the primary has {digest}")
 
-    def anomaly(self, kind: str, what: str) -> None:
+    def anomaly(self, kind: str, what: str, sort: str = "wrong") -> None:
         group = self.groups.setdefault(kind, Group())
-        group.anomaly_count += 1
+        group.kinds[sort] += 1
         if len(group.anomalies) < 20:
             group.anomalies.append(what)
 
@@ -61,7 +61,11 @@ class Result:
 
     @property
     def anomalies(self) -> int:
-        return sum(group.anomaly_count for group in self.groups.values())
+        return self.anomaly_kinds.total()
+
+    @property
+    def anomaly_kinds(self) -> Counter[str]:
+        return sum((group.kinds for group in self.groups.values()), Counter())
 
     @property
     def errors(self) -> Counter[str]:
@@ -77,7 +81,7 @@ class Result:
             kind: {
                 "processes": group.processes,
                 "transactions": group.transactions,
-                "anomalies": group.anomaly_count,
+                "anomalies": group.kinds.total(),
                 "examples": group.anomalies,
                 "errors": dict(group.errors),
                 "age_p50": _percentile(group.ages, 50),
@@ -89,6 +93,7 @@ class Result:
             "transactions": self.transactions,
             "distinct": self.distinct,
             "anomalies": self.anomalies,
+            "anomaly_kinds": dict(self.anomaly_kinds),
             "errors": dict(self.errors),
             "readers": groups,
         }
@@ -110,7 +115,8 @@ def table(summary: dict[str, Any]) -> str:
         f"faults that struck: {struck}",
         f"the primary: {did}; {summary['levels']}",
         f"{summary['transactions']} transactions checked, {summary['distinct']} different states, "
-        f"{summary['anomalies']} anomalies, {sum(summary['errors'].values())} allowed errors",
+        f"{summary['anomalies']} anomalies {summary['anomaly_kinds'] or ''}, "
+        f"{sum(summary['errors'].values())} allowed errors",
     ]
     return "\n".join(lines)
 

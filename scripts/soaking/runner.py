@@ -142,7 +142,7 @@ class Crew:
         status = reader.process.wait()
         if status or reader.kind != "short":
             log = (self._directory / f"{reader.kind}.log").read_text(errors="replace")[-1500:]
-            self.result.anomaly(reader.kind, f"its process ended with {status}: {log}")
+            self.result.anomaly(reader.kind, f"its process ended with {status}: {log}", "ended")
 
     def finish(self, final: int) -> None:
         """Let everybody catch up with the primary's last transaction, and end."""
@@ -154,12 +154,12 @@ class Crew:
             try:
                 status = reader.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.result.anomaly(reader.kind, f"did not end within {timeout:g} s")
+                self.result.anomaly(reader.kind, f"did not end within {timeout:g} s", "ended")
                 continue
             reader.pump.join(10)
             if status:
                 log = (self._directory / f"{reader.kind}.log").read_text(errors="replace")[-1500:]
-                self.result.anomaly(reader.kind, f"its process ended with {status}: {log}")
+                self.result.anomaly(reader.kind, f"its process ended with {status}: {log}", "ended")
         self.collect()
 
     def kill(self) -> None:
