@@ -35,7 +35,7 @@ class Base:
         self._fd = self._presence_fd = -1
         self._fd = os.open(path, flags, 0o600)
         self._presence_fd = os.open(presence_path, flags, 0o600)
-        self._map()
+        self._map(commit)
 
     def __del__(self) -> None:
         # Whoever still reads has the mappings, which outlive the descriptors.
@@ -43,12 +43,17 @@ class Base:
             if fd >= 0:
                 os.close(fd)
 
-    def _map(self) -> None:
-        """Make the files as large as `commit` says, and map them."""
+    def _map(self, known: int) -> None:
+        """Make the files as large as `commit` says, and map them.
+
+        Beyond the first `known` pages no page is here, whatever a fold that a crash ended has left there.
+        """
         size = self.commit * self.page_size
-        if os.fstat(self._fd).st_size < size:
+        there = os.fstat(self._fd).st_size
+        if there < size:
+            known = min(known, there // self.page_size)
             os.ftruncate(self._fd, size)
-        known = os.fstat(self._presence_fd).st_size
+        known = min(known, os.fstat(self._presence_fd).st_size)
         if known < self.commit:
             # Written, not left as a hole: a store into a hole of a mapping on a full disk is SIGBUS.
             pwrite_all(self._presence_fd, bytes(self.commit - known), known)
@@ -103,20 +108,19 @@ class Base:
     def resize(self, commit: int) -> None:
         """The database has `commit` pages. The files only grow: see `trim`. Raises `OSError`."""
         self.whole = False
-        grows = commit > self.commit
-        self.commit = commit
-        if grows:
-            self._map()
+        before, self.commit = self.commit, commit
+        if commit > before:
+            self._map(before)
 
     def trim(self) -> None:
         """Cut the files off where the database ends. Raises `OSError`.
 
-        Only where nobody reads: beyond the end of a file that was cut off, a mapping is SIGBUS.
+        Only where nobody reads: beyond the end of a file that was cut off, a mapping is SIGBUS. So is our own.
         """
-        size = self.commit * self.page_size
-        if os.fstat(self._fd).st_size != size:
-            os.ftruncate(self._fd, size)
+        if not self.trimmed:
+            os.ftruncate(self._fd, self.commit * self.page_size)
             os.ftruncate(self._presence_fd, self.commit)
+            self._map(self.commit)
 
     @property
     def trimmed(self) -> bool:
