@@ -5,8 +5,8 @@ has its history by a file that it remembers: one that is still listed with the s
 with a transaction it knows (same timestamp to the millisecond, same size of the database).
 
 The newest such transaction P may lie before the copy's newest H: the files that ended at H have been compacted away.
-What then leads beyond H covers P+1 too, and so holds every page that was changed since P. If the copy changed any other
-page after P, it is not the same history. If not, all that the copy could have wrong is replaced anyway.
+What then leads beyond H must cover P+1 too, and so holds every page that was changed since P. If the copy changed any
+other page after P, it is not the same history. If not, all that the copy could have wrong is replaced anyway.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def continuation(
     try:
         chain = tuple(file for file in extend(listed, proven) if file.name.max_txid > txid)
     except ReplicaGap:
+        return None
+    if chain and chain[0].name.min_txid > proven + 1:
+        # Files between hold what was changed since `proven`, and they are not known to be those that the copy has.
         return None
     return Continuation(proven, chain, None if unproven is None else frozenset(unproven))
 

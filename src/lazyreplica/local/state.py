@@ -12,11 +12,12 @@ from base64 import b85decode, b85encode
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lazyreplica.ltx.checksum import crc64
 from lazyreplica.ltx.header import Header
 from lazyreplica.ltx.name import FileName
 from lazyreplica.storage import StoredFile
 
-_FORMAT = 1
+_FORMAT = 2
 STATE = "state.json"
 _REMEMBERED = 2000
 """Files of its history that a state names, at most."""
@@ -115,7 +116,10 @@ class CopyState:
 def read_state(directory: Path) -> CopyState | None:
     """The state in `directory`; None if there is none that can be understood. Raises `OSError`."""
     try:
-        found = json.loads((directory / STATE).read_text())
+        checksum, _, text = (directory / STATE).read_bytes().partition(b"\n")
+        if int(checksum, 16) != crc64(text):
+            return None
+        found = json.loads(text)
         if found.pop("format") != _FORMAT:
             return None
         history = tuple(Proof(*each) for each in found.pop("history"))
@@ -130,13 +134,13 @@ def write_state(directory: Path, state: CopyState) -> None:
     """Switch to `state`: after a crash the directory has this one or the one before. Raises `OSError`."""
     fields = asdict(state)
     fields["history"] = [list(asdict(proof).values()) for proof in state.history]
-    text = json.dumps({"format": _FORMAT, **fields})
+    text = json.dumps({"format": _FORMAT, **fields}).encode()
     new = directory / f"{STATE}.new"
     with contextlib.suppress(FileNotFoundError):
         new.unlink()
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w") as writing:
-        writing.write(text)
+    with os.fdopen(fd, "wb") as writing:
+        writing.write(b"%016x\n%b" % (crc64(text), text))
         writing.flush()
         os.fsync(writing.fileno())
     new.rename(directory / STATE)
