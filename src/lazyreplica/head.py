@@ -75,6 +75,12 @@ class Head:
             if hold in self._holds:
                 self._holds.remove(hold)
 
+    def drop_views(self) -> None:
+        """What is local is not certain any more: nobody reads it without asking the replica, from now on."""
+        with self._changed:
+            for hold in self._holds:
+                hold.view = None
+
     def hand_over(self, snapshot: Snapshot, hold: Hold) -> None:
         """What was pinned for a reader is pinned by its `hold` from now on."""
         with self._changed:

@@ -162,7 +162,7 @@ class Replica:
             return
         # Its index may name the wrong pages, so that older ones showed through: no page is certain any more.
         self._damage.append(_Damage(layer, self._head.current.lineage.number, damage))
-        self._fresh = -1.0
+        self._fresh = -1.0  # no transaction begins with what the last one saw
         self._head.drop_views()
         self._fetcher.distrust(layer, damage)
         if self._hydrator:
@@ -200,7 +200,7 @@ class Replica:
 
     def _set_fresh(self) -> None:
         # Where another process follows for us, each transaction has to look at what it has found.
-        self._fresh = -1.0 if self._others() else self.options.staleness_limit
+        self._fresh = -1.0 if self._others() or self._damage else self.options.staleness_limit
 
     def _others(self) -> Attachment | None:
         """The local copy, if another process owns it and follows for us."""
