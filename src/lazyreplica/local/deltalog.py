@@ -22,11 +22,11 @@ from lazyreplica.ltx.header import HEADER_SIZE, Header
 from lazyreplica.ltx.name import FileName
 from lazyreplica.storage import StoredFile
 
-_MAGIC = b"LZRDELT1"
+_MAGIC = b"LZRDELT2"
 _HEAD = Struct("<8sQQIIQ")
 """Magic, bytes of the record, CRC-64 of what follows the head, bytes of the description, pages, checksum of the file.
 
-The CRC covers the description, the LTX header, the page numbers, the offsets, and the pages."""
+The CRC covers the file's checksum, the description, the LTX header, the page numbers, the offsets, and the pages."""
 _GROW = 16 << 20
 _BATCH = 1 << 20
 
@@ -87,7 +87,7 @@ class DeltaLog:
             [file.level, file.name.min_txid, file.name.max_txid, file.size, file.etag, file.modified]
         ).encode()
         front = description + header.encode() + pgnos.tobytes() + offsets.tobytes()
-        crc = crc64(front)
+        crc = crc64(front, crc64(checksum.to_bytes(8, "little")))
         start = self.end + _HEAD.size + len(front)
         at, batch, room = start, bytearray(), header.page_size
         end = start + len(pgnos) * room
@@ -135,8 +135,10 @@ class DeltaLog:
         start = front + described + HEADER_SIZE + 4 * count + 8 * (count + 1)
         if magic != _MAGIC or start > at + length or at + length > len(data):
             return None
-        if verify and crc64(memoryview(data)[front : at + length]) != crc:
-            return None
+        if verify:
+            with memoryview(data)[front : at + length] as rest:
+                if crc64(rest, crc64(checksum.to_bytes(8, "little"))) != crc:
+                    return None
         try:
             level, low, high, size, etag, modified = json.loads(data[front : front + described])
             header = Header.parse(data[front + described : front + described + HEADER_SIZE])
