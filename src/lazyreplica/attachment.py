@@ -27,7 +27,9 @@ from lazyreplica.storage import StoredFile
 
 log = logging.getLogger(__name__)
 
+Apply = Callable[[Arrival], None]
 Listing = Callable[[], list[StoredFile]]
+_TRIES = 5
 
 
 class Foreign(Exception):
@@ -51,10 +53,11 @@ class Attachment:
         self.guard = threading.RLock()
         self.copy: LocalCopy | None = None
         self.lineage: Lineage | None = None
-        """The history whose states `copy` has; None while that is not known."""
+        """The history whose states `copy` has; None while that is not known, as whenever `copy` is exchanged for one of
+        another history."""
         self.complete = False
         """Whether every page of the copy's newest state is here."""
-        self._control = Control(directory.path / "control")
+        self._control = Control(directory.control)
         if directory.try_own():
             self._take_up(listed)
         else:
@@ -69,18 +72,23 @@ class Attachment:
 
     def view(self, snapshot: Snapshot) -> View | None:
         """The copy as of a pinned snapshot, or None if it does not have that state."""
+        copy = self._copy_for(snapshot)
+        return copy.view(snapshot.txid) if copy is not None else None
+
+    def _copy_for(self, snapshot: Snapshot) -> LocalCopy | None:
+        """The copy, if it has the history of `snapshot`."""
+        lineage = self.lineage
         copy = self.copy
-        if copy is None or snapshot.lineage is not self.lineage:
-            return None
-        return copy.view(snapshot.txid)
+        # Looked at before and after: else it could be another history's copy, exchanged in this moment.
+        return copy if snapshot.lineage is lineage and self.lineage is lineage else None
 
     def read(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes | None:
         """Page `pgno` of a pinned snapshot, which `layer` holds, if it is here."""
-        view = self.view(snapshot)
+        copy = self._copy_for(snapshot)
+        if copy is None:
+            return None
+        view = copy.view(snapshot.txid)
         if view is None:
-            copy = self.copy
-            if copy is None or snapshot.lineage is not self.lineage:
-                return None
             # The copy is behind: what its newest state has and nobody changed since is good.
             txid = copy.txid
             if not layer.max_txid <= txid < snapshot.txid:
@@ -137,7 +145,8 @@ class Attachment:
                     raise Foreign(f"{directory.path} holds a copy of {state.url}, and is in use")
         if self.copy is None:
             self.begin(head)
-        elif self._ends_in(self.copy, head, listed):
+        elif self.copy.txid <= head.txid and self._ends_in(self.copy, head, listed):
+            # Else there are transactions in it of which it is not known yet whether they come after `head`.
             self.lineage = head.lineage
         directory.sweep(self.copy.state if self.copy else None)
 
@@ -148,8 +157,7 @@ class Attachment:
             copy.base.forget_unsynced()
             copy.state = state.at_boot()
             write_state(self.directory.path, copy.state)
-        for record in copy.log.scan(0):
-            copy.adopt(record)
+        copy.recover()
         self.announce(copy)
         self.complete = not copy.missing()
         return copy
@@ -177,8 +185,8 @@ class Attachment:
         self._control.generation = copy.state.log
 
     def polled(self) -> None:
-        """We have the newest state."""
-        if self.owned and self.copy is not None:
+        """We have the newest state; so have the others as soon as it is in the log."""
+        if self.owned and self.holds(self._head.current):
             self._control.polled_at = now()
 
     def give_up(self, exc: Exception) -> None:
@@ -197,6 +205,13 @@ class Attachment:
 
     def _join(self, listed: list[StoredFile]) -> None:
         """As one of many: use the copy that another process owns. Raises `Foreign`, `OSError`."""
+        for _ in range(_TRIES):
+            # The owner may remove the files that the state names, once it has written another state.
+            with contextlib.suppress(FileNotFoundError):
+                self._try_to_join(listed)
+                return
+
+    def _try_to_join(self, listed: list[StoredFile]) -> None:
         state = read_state(self.directory.path)
         if state is None:
             return  # its owner is just beginning
@@ -224,37 +239,60 @@ class Attachment:
 
     @property
     def polled_at(self) -> float:
-        """When (`clock.now`) the owner last learned that it has the newest state; 0.0: never in this boot."""
-        return self._control.polled_at
+        """When (`clock.now`) the owner last learned that it has the newest state, which we then learn from it; 0.0: never
+        in this boot, or we cannot learn it from its copy."""
+        copy = self.copy
+        learnt = copy is not None and self.lineage is not None and copy.txid <= self._head.current.txid
+        return self._control.polled_at if learnt else 0.0
+
+    @property
+    def attached(self) -> bool:
+        """Whether the copy's states are known to be those of the head's history."""
+        return self.copy is not None and self.lineage is not None
 
     @property
     def outdated(self) -> bool:
-        """Whether another process has brought a transaction that we do not know yet. 0.4 us."""
+        """Whether another process has brought a transaction that is not in the head yet. 0.6 us."""
         copy = self.copy
         if copy is None:
             return self._control.generation != 0
         control = self._control
-        return control.log_end != copy.log.end or control.generation != copy.state.log
+        return (
+            control.log_end != copy.log.end
+            or control.generation != copy.state.log
+            or (copy.txid > self._head.current.txid and self.lineage is not None)
+        )
 
-    def follow_log(self, apply: Callable[[Arrival], None], listing: Listing | None) -> None:
+    def follow_log(self, apply: Apply, listing: Listing | None) -> None:
         """Learn from the log what its owner has found: `apply` takes each new transaction.
 
         `listing` is asked for when the copy was begun anew, to compare its history with ours; None: not now.
         """
         with self.guard:
+            if self.owned:
+                return  # since a moment ago
             copy, control = self.copy, self._control
             if copy is None or control.generation != copy.state.log:
                 copy = self._switch(listing)
-            if copy is None or self.lineage is None or control.generation != copy.state.log:
+            if copy is None or control.generation != copy.state.log:
                 return
             for record in copy.log.scan(copy.log.end, control.log_end):
                 copy.adopt(record)
-            for record in list(copy.records):
-                if record.max_txid > self._head.current.txid:
-                    index = PageIndex(record.pgnos, record.offsets)
-                    layer = self._layers.known(record.file, record.header, index, record.checksum)
-                    apply(Arrival(layer, None))
-                    self.lineage = self._head.current.lineage
+            if self.lineage is None and listing is not None and self._ends_in(copy, self._head.current, []):
+                self.lineage = self._head.current.lineage  # we had gone on alone, and it has caught up
+            self._apply(copy, apply)
+
+    def _apply(self, copy: LocalCopy, apply: Apply) -> None:
+        if self.lineage is None:
+            return
+        for record in list(copy.records):
+            if record.file.name.min_txid > self._head.current.txid + 1:
+                return  # what comes before was folded before we looked: the store has it
+            if record.max_txid > self._head.current.txid:
+                index = PageIndex(record.pgnos, record.offsets)
+                layer = self._layers.known(record.file, record.header, index, record.checksum)
+                apply(Arrival(layer, None))
+                self.lineage = self._head.current.lineage
 
     def _switch(self, listing: Listing | None) -> LocalCopy | None:
         """The copy has other files now: the same history folded, or another one."""
@@ -273,30 +311,41 @@ class Attachment:
             elif listing is not None:
                 self.copy = self.lineage = None
                 self._join(listing())
-        except (FileNotFoundError, Foreign):
-            return before
+        except (OSError, Foreign) as exc:
+            log.info("the local copy of %s is not followed at the moment: %s", self._url, exc)
+            return self.copy
         self.complete = False
         return self.copy
 
-    def take_over(self) -> bool:
-        """Become the owner if the one before is gone. Raises `OSError`; then there is no copy any more."""
+    def take_over(self, apply: Apply) -> bool:
+        """Become the owner if the one before is gone; `apply` takes each transaction that it had found last.
+
+        Raises `OSError`; then there is no copy any more.
+        """
         if not self.directory.try_own():
             return False
         log.info("going on with the local copy of %s, whose owner is gone", self._url)
         with self.guard:
             copy = self.copy
+            state = read_state(self.directory.path)
             if copy is not None and self._control.generation == copy.state.log:
                 for record in copy.log.scan(copy.log.end):
                     copy.adopt(record)
+                if state is None or state.log != copy.state.log:
+                    # It had built a new base, and not told. What we go on with must be what a crash leaves.
+                    write_state(self.directory.path, copy.state)
                 self.announce(copy)
                 self.complete = not copy.missing()
-                return True
-            self.copy = self.lineage = None
-            state = read_state(self.directory.path)
-            if state is not None and state.url == self._url:
-                self.copy = self._reopen(state)
+                self._apply(copy, apply)
             else:
-                self.begin(self._head.current)
+                self.copy = self.lineage = None
+                if state is not None and state.url == self._url:
+                    with contextlib.suppress(OSError, ValueError):
+                        self.copy = self._reopen(state)
+                if self.copy is None:
+                    self.begin(self._head.current)
+            if self.copy is not None:
+                self.directory.sweep(self.copy.state)
         return True
 
     # -- the end --

@@ -193,7 +193,7 @@ class Follower:
             log.warning("cannot refresh %s after %.0f seconds without a poll: %s", self._store.url, self.idle, exc)
         return True
 
-    def take(self, find: Callable[[Callable[[Arrival], None]], None], *, wait: bool) -> None:
+    def take(self, find: Callable[[Callable[[Arrival], None]], object], *, wait: bool) -> None:
         """Apply transactions that are not found by polling: `find` gives each to the function that it is given.
 
         Does nothing where a poll is under way, unless told to `wait` for its end.

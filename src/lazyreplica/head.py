@@ -88,12 +88,6 @@ class Head:
             hold.active = True
             self._unpin(snapshot)
 
-    def drop_views(self) -> None:
-        """No reader takes pages past `Replica.read` any more: what is local turned out to be wrong."""
-        with self._changed:
-            for hold in self._holds:
-                hold.view = None
-
     def _forget_idle(self) -> None:
         """What is shown has changed: holds that pin nothing need not remember (and keep files open for) what was."""
         for hold in self._holds:

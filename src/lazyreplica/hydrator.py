@@ -11,7 +11,7 @@ import threading
 from collections import deque
 
 from lazyreplica import bulkfilling
-from lazyreplica.attachment import Attachment
+from lazyreplica.attachment import Apply, Attachment
 from lazyreplica.bulkfilling import BulkFiller
 from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreError
 from lazyreplica.filling import Filler, Stopped, Wanted, pages_of, share_out
@@ -31,6 +31,7 @@ JOIN_TIMEOUT = 5.0
 FOLD_AT = 16 << 20
 """The log is folded into the base when it has grown beyond this many bytes, and beyond half the base."""
 _RETRY = 5.0
+_LOOKS = 10
 _READER = 0.5
 """Seconds between two looks whether those readers have ended that keep the log from being folded."""
 
@@ -65,6 +66,8 @@ class Hydrator:
         """Transactions that became visible before the copy had them."""
         self._leads_here = local.holds(head.current)
         """Whether `_behind` leads from the copy's newest state to the head."""
+        self._patience = _LOOKS
+        """How often a copy that is ahead of the head is waited for."""
         self._settled = False
         """Whether the finished database has had its chance to appear."""
         self._ended = False
@@ -86,14 +89,14 @@ class Hydrator:
             self._thread = threading.Thread(target=self._run, name="lazyreplica-hydrator", daemon=True)
             self._thread.start()
 
-    def take_over(self) -> bool:
-        """Become the owner of the copy if the one before is gone. Cheap when it is not."""
+    def take_over(self, apply: Apply) -> bool:
+        """Become the owner of the copy if the one before is gone (see `Attachment`). Cheap when it is not."""
         try:
-            if not self.local.take_over():
+            if not self.local.take_over(apply):
                 return False
         except OSError as exc:
             self.local.give_up(exc)
-        self._leads_here = False
+        self._leads_here, self._patience = False, _LOOKS
         self.start()
         return True
 
@@ -123,7 +126,7 @@ class Hydrator:
             other = after.lineage.number != self._head.current.lineage.number
             self._head.replace(after)
             # Until the thread has found how the copy goes on.
-            local.lineage, self._leads_here = None, False
+            local.lineage, self._leads_here, self._patience = None, False, _LOOKS
             self._behind.clear()
             if other and local.copy is not None and local.owned:
                 self._restart(after)
@@ -185,6 +188,11 @@ class Hydrator:
         # What the head was made of was listed too, and leads to it even where a compaction goes beyond.
         files = {file for file in listed if file.name.max_txid <= head.txid}
         files.update(layer.file for layer in head.pages.layers())
+        if copy.txid > head.txid and self._patience and any(file.name.max_txid >= copy.txid for file in listed):
+            # Whoever had the copy before was further than we are: the follower gets there.
+            self._patience -= 1
+            self._wake.wait(_READER)
+            return
         found = continuation(list(copy.proofs), copy.txid, files, self._alike)
         chain = self._layers.open_chain(found.chain) if found else []
         with self.local.guard:

@@ -190,11 +190,12 @@ class Replica:
         hydrator = self._hydrator
         if hydrator is None or hydrator.local.owned:
             return True
-        if hydrator.take_over():
+        local = hydrator.local
+        self._follower.take(hydrator.take_over, wait=True)
+        if local.owned:
             self._set_fresh()
             return True
-        local = hydrator.local
-        if local.outdated:
+        if local.outdated or not local.attached:
             self._follower.take(partial(local.follow_log, listing=self._listing), wait=True)
         return now() - local.polled_at > 2 * self.options.poll_interval
 

@@ -16,12 +16,23 @@ class Control:
     """Each word is eight bytes, written by one process (the owner) in one store, and read by any."""
 
     def __init__(self, path: Path) -> None:
-        """Makes the file where it is missing. Raises `OSError`."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        """Raises `OSError`."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            if os.fstat(fd).st_size < _SIZE:
-                pwrite_all(fd, bytes(_SIZE), 0)  # written, not a hole: see `Base`
             self._words = memoryview(mmap.mmap(fd, _SIZE)).cast("Q")
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def make(path: Path) -> None:
+        """A file of zeros, where nobody uses the one that is there: what it says may be of another boot.
+
+        Raises `OSError`.
+        """
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            pwrite_all(fd, bytes(_SIZE), 0)  # written, not a hole: see `Base`
         finally:
             os.close(fd)
 

@@ -154,6 +154,14 @@ class LocalCopy:
             self.records.append(record)
             self._boundaries.add(txid)
 
+    def recover(self) -> None:
+        """As the owner: know the records that a process left, as far as they are whole; of older states only what the
+        log has. The base may have newer versions: a fold may have ended before it was finished."""
+        for record in self.log.scan(0):
+            self.adopt(record)
+        self._boundaries = {self.txid}
+        self.base.forget(pgno for pgno in self._changed if pgno <= self.base.commit)
+
     # -- the base --
 
     def fold(self, floor: int) -> None:

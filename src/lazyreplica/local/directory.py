@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazyreplica.errors import ConfigError
+from lazyreplica.local.control import Control
 from lazyreplica.local.state import STATE, CopyState, sync_directory
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,10 @@ _OWNER = "owner.lock"
 _PUBLISHED = "published.json"
 _PATIENCE = 5.0
 """Seconds that opening waits for a process that changes what others may not see change."""
-_KEPT = {_USERS, _OWNER, _PUBLISHED, "control", STATE}
+_CONTROL = "control"
+_KEPT = {_USERS, _OWNER, _PUBLISHED, _CONTROL, STATE}
+_LOOKS, _PAUSE = 20, 0.005
+"""Looks at what stands at `hydration_path`, and seconds between two, before it is called somebody else's."""
 
 
 class CopyDirectory:
@@ -61,7 +65,7 @@ class CopyDirectory:
         if os.path.lexists(target) and not path.is_dir():
             raise _not_ours(target)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_symlink() or (not (path / _USERS).is_file() and any(path.iterdir())):
+        if path.is_symlink() or _is_strange(path):
             raise ConfigError(
                 f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
                 "not lazyreplica's; nothing in it will be touched: name another hydration_path"
@@ -69,8 +73,7 @@ class CopyDirectory:
         users_fd = _use(path)
         directory = cls(path, users_fd, target)
         try:
-            if os.path.lexists(target) and not directory._is_ours(target):
-                raise _not_ours(target)
+            directory._refuse_stranger(target)
         except BaseException:
             os.close(users_fd)
             raise
@@ -96,10 +99,23 @@ class CopyDirectory:
             os.close(root_fd)
         return cls(path, users_fd, None)
 
+    def _refuse_stranger(self, target: Path) -> None:
+        for _ in range(_LOOKS):
+            # Link and note are two files, and the copy's owner may be exchanging them.
+            if not os.path.lexists(target) or self._is_ours(target):
+                return
+            time.sleep(_PAUSE)
+        raise _not_ours(target)
+
     @property
     def shared(self) -> bool:
         """Whether other processes may use it, and it outlives us."""
         return self.published_at is not None
+
+    @property
+    def control(self) -> Path:
+        """The file of `Control`."""
+        return self.path / _CONTROL
 
     @property
     def size(self) -> int:
@@ -118,9 +134,7 @@ class CopyDirectory:
         if self._owner_fd >= 0:
             return True
         fd = _open_lock(self.path / _OWNER)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(fd, fcntl.LOCK_EX):
             os.close(fd)
             return False
         self._owner_fd = fd
@@ -135,10 +149,8 @@ class CopyDirectory:
         if not self.shared:
             yield True
             return
-        try:
-            # From shared to exclusive is not atomic, but who is the owner loses nothing in between.
-            fcntl.flock(self._users_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        # From shared to exclusive is not atomic, but who is the owner loses nothing in between.
+        if not _try_lock(self._users_fd, fcntl.LOCK_EX):
             fcntl.flock(self._users_fd, fcntl.LOCK_SH)  # a conversion that fails may have dropped what we had
             yield False
             return
@@ -170,6 +182,7 @@ class CopyDirectory:
             os.fsync(writing.fileno())  # a link that outlived its note would be nobody's, and never removed
         self.withdraw()
         new.rename(note)
+        sync_directory(self.path)
         try:
             os.link(database, target)
         except OSError as exc:
@@ -179,9 +192,13 @@ class CopyDirectory:
         sync_directory(target.parent)
 
     def withdraw(self) -> None:
-        """Remove the published database, if what is there is the one that we published."""
+        """Remove the published database, if what is there is the one that we published. Raises `OSError`.
+
+        What may change from now on is not there any more after a power loss either.
+        """
         if self.published_at is not None and self._is_ours(self.published_at):
             self.published_at.unlink(missing_ok=True)
+            sync_directory(self.published_at.parent)
             (self.path / _PUBLISHED).unlink(missing_ok=True)
 
     @property
@@ -211,8 +228,9 @@ class CopyDirectory:
             return False
         with self.alone() as alone:
             if alone:
-                self.withdraw()
-                shutil.rmtree(self.path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    self.withdraw()
+                _remove(self.path)
         return alone
 
     def abandon(self) -> None:
@@ -234,25 +252,70 @@ def _open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
+def _is_strange(path: Path) -> bool:
+    """Whether the directory is not ours. One look at all names: others may be making it in this moment."""
+    try:
+        names = os.listdir(path)
+    except FileNotFoundError:
+        return False
+    return bool(names) and _USERS not in names and not (path / _USERS).is_file()
+
+
 def _use(path: Path) -> int:
     """A descriptor that holds the users' lock until it is closed. Raises `OSError` when it is not to be had."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = _open_lock(path / _USERS)
         try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if _names(path / _USERS, fd):
-                return fd
-        except BlockingIOError:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = _open_lock(path / _USERS)
+        except FileNotFoundError:
             if time.monotonic() > deadline:
-                os.close(fd)
-                raise OSError(errno.EBUSY, f"{path} is being changed by another process") from None
-            time.sleep(0.01)
+                raise
+            continue  # it was removed by its last user in this moment
+        try:
+            first = _try_lock(fd, fcntl.LOCK_EX)
+            if first and _names(path / _USERS, fd):
+                _begin(path)
+            if first or _try_lock(fd, fcntl.LOCK_SH):
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if _names(path / _USERS, fd):
+                    return fd
+            elif time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, f"{path} is being changed by another process")
+            else:
+                time.sleep(0.01)
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # or it was removed by its last user in this moment: make a new one
+        os.close(fd)
+
+
+def _begin(path: Path) -> None:
+    """As the only user: nothing that was said to those before us counts."""
+    fd = _open_lock(path / _OWNER)
+    try:
+        # An owner that is just changing its users' lock may for a moment hold none.
+        if _try_lock(fd, fcntl.LOCK_EX):
+            Control.make(path / _CONTROL)
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory of ours; the lock last, which shows that what is left is ours."""
+    for entry in list(path.iterdir()):
+        if entry.name != _USERS:
+            with contextlib.suppress(OSError):
+                entry.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _names(path: Path, fd: int) -> bool:
@@ -271,11 +334,8 @@ def _sweep(root: Path) -> None:
         except OSError:
             continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            log.info("removing %s, left behind by a process that was killed", path)
-            shutil.rmtree(path, ignore_errors=True)
+            if _try_lock(fd, fcntl.LOCK_EX):
+                log.info("removing %s, left behind by a process that was killed", path)
+                _remove(path)
         finally:
             os.close(fd)
