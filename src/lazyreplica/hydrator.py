@@ -252,7 +252,9 @@ class Hydrator:
                     raise self._filler.distrust(layer, str(exc)) from exc
                 log.warning("%s is damaged (%s); fetching it again", layer, exc)
             else:
-                self.local.announce(copy)
+                with self.local.guard:
+                    if self.local.copy is copy:
+                        self.local.announce(copy)
                 return
 
     def _fill(self, copy: LocalCopy, head: Snapshot) -> None:
@@ -306,11 +308,14 @@ class Hydrator:
             if alone:
                 directory.withdraw()  # while it changes it is no transaction's database
                 with local.guard:
-                    copy.fold(self._head.floor().txid)
-                    local.announce(copy)
+                    if local.copy is copy:
+                        copy.fold(self._head.floor().txid)
+                        local.announce(copy)
                 return
         if copy.log.end > FOLD_AT:
             with local.guard:
+                if local.copy is not copy:
+                    return
                 local.copy = copy.beside()
                 local.announce(local.copy)
             copy.remove()
@@ -321,7 +326,9 @@ class Hydrator:
             return
         if not copy.records and copy.base.trimmed and copy.base_is_whole:
             copy.base.sync()
-            directory.publish(copy.base.path)
+            with self.local.guard:
+                if self.local.copy is copy:
+                    directory.publish(copy.base.path)
 
     # -- the end --
 
@@ -334,8 +341,13 @@ class Hydrator:
     def close(self) -> None:
         """After `stop`: join the thread. A private copy is removed, a shared one left as one database if it can be."""
         # A connection may be closed by the garbage collector, which runs in any thread, this one included.
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(JOIN_TIMEOUT)
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(JOIN_TIMEOUT)
+            if thread.is_alive() and self.local.directory.shared:
+                log.warning("the hydrator of %s does not end; its local copy is left as it is", self._store.url)
+                self.local.copy = None
+                return  # and the locks with it: nobody else may change what it still writes to
         try:
             if self.local.directory.shared and self.local.owned and self.local.copy is not None:
                 self._leave(self.local.copy)
@@ -345,7 +357,7 @@ class Hydrator:
 
     def _leave(self, copy: LocalCopy) -> None:
         directory = self.local.directory
-        with directory.alone() as alone:
+        with directory.alone() as alone, self.local.guard:
             if alone:
                 if copy.records:
                     directory.withdraw()
