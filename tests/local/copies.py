@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
-from engine.replicas import PAGE_SIZE, History
+from replicas import PAGE_SIZE, History
 
 from lazyreplica.local.copy import LocalCopy
 from lazyreplica.local.state import CopyState, Proof, write_state

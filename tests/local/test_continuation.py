@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from copies import layer_of, proof_of
-from engine.replicas import History, Pages
+from replicas import History, Pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +60,7 @@ def apply(pages: Pages, chain: list[Layer], history: History) -> Pages:
     return {p: found.get(p, truth[p]) for p in truth}
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_a_listing_that_is_accepted_leads_to_its_own_state(rng: random.Random, another: bool, alike: bool) -> None:
     """`another`: the listing is of a branch. `alike`: timestamps of its transactions differ from ours, as they do."""
