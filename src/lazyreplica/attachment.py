@@ -106,7 +106,7 @@ class Attachment:
     def file_txid(self) -> int | None:
         """The transaction whose database the file at `path` is, byte for byte; None while it is not whole."""
         copy = self.copy
-        if copy is None or (self.directory.shared and not self.directory.published):
+        if copy is None or (self.directory.shared and not self.directory.shows(copy.base.path)):
             return None
         return copy.state.base_txid if copy.base_is_whole else None
 

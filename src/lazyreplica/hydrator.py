@@ -294,7 +294,7 @@ class Hydrator:
         """Fold the log when it has become long, and let the finished database appear."""
         long = copy.log.end > max(FOLD_AT, copy.base.commit * copy.base.page_size // 2)
         directory = self.local.directory
-        unseen = directory.shared and not directory.published
+        unseen = directory.shared and not directory.shows(copy.base.path)
         if long or (copy.records and (unseen or not copy.base_is_whole)):
             self._fold(copy)
             self._pause = _READER if copy.records else None
@@ -322,7 +322,7 @@ class Hydrator:
 
     def _publish(self) -> None:
         copy, directory = self.local.copy, self.local.directory
-        if copy is None or not self.local.complete or not directory.shared or directory.published:
+        if copy is None or not self.local.complete or not directory.shared or directory.shows(copy.base.path):
             return
         if not copy.records and copy.base.trimmed and copy.base_is_whole:
             copy.base.sync()

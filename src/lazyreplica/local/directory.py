@@ -70,7 +70,7 @@ class CopyDirectory:
                 f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
                 "not lazyreplica's; nothing in it will be touched: name another hydration_path"
             )
-        users_fd = _use(path)
+        users_fd = _use(path, kept=True)
         directory = cls(path, users_fd, target)
         try:
             directory._refuse_stranger(target)
@@ -201,10 +201,16 @@ class CopyDirectory:
             sync_directory(self.published_at.parent)
             (self.path / _PUBLISHED).unlink(missing_ok=True)
 
-    @property
-    def published(self) -> bool:
-        """Whether the database at `published_at` is ours."""
-        return self.published_at is not None and self._is_ours(self.published_at)
+    def shows(self, database: Path) -> bool:
+        """Whether what is at `published_at` is that database, and not one of ours that was there before it."""
+        try:
+            return (
+                self.published_at is not None
+                and self._is_ours(self.published_at)
+                and os.path.samestat(self.published_at.lstat(), database.lstat())
+            )
+        except FileNotFoundError:
+            return False
 
     def _is_ours(self, target: Path) -> bool:
         try:
@@ -261,8 +267,11 @@ def _is_strange(path: Path) -> bool:
     return bool(names) and _USERS not in names and not (path / _USERS).is_file()
 
 
-def _use(path: Path) -> int:
-    """A descriptor that holds the users' lock until it is closed. Raises `OSError` when it is not to be had."""
+def _use(path: Path, *, kept: bool = False) -> int:
+    """A descriptor that holds the users' lock until it is closed. Raises `OSError` when it is not to be had.
+
+    `kept`: what is in the directory is to survive a power loss.
+    """
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -275,7 +284,7 @@ def _use(path: Path) -> int:
         try:
             first = _try_lock(fd, fcntl.LOCK_EX)
             if first and _names(path / _USERS, fd):
-                _begin(path)
+                _begin(path, kept)
             if first or _try_lock(fd, fcntl.LOCK_SH):
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if _names(path / _USERS, fd):
@@ -290,8 +299,12 @@ def _use(path: Path) -> int:
         os.close(fd)
 
 
-def _begin(path: Path) -> None:
+def _begin(path: Path, kept: bool) -> None:
     """As the only user: nothing that was said to those before us counts."""
+    if kept and not (path / _CONTROL).exists():
+        # New. The sign that it is ours is there before anything else, and it before what is published out of it.
+        sync_directory(path)
+        sync_directory(path.parent)
     fd = _open_lock(path / _OWNER)
     try:
         # An owner that is just changing its users' lock may for a moment hold none.
