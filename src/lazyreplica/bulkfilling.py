@@ -51,8 +51,10 @@ class BulkFiller:
         if loader is not None:
             loader.stop()
 
-    def fill(self, base: Base, wanted: Sequence[Wanted], goes_on: Callable[[], bool]) -> dict[Layer, str]:
+    def fill(self, base: Base, wanted: Sequence[Wanted], lock_fd: int, goes_on: Callable[[], bool]) -> dict[Layer, str]:
         """Bring those pages into `base`, while `goes_on` says so; what it did not bring is simply not there.
+
+        The child keeps `lock_fd` open: if we are killed, the lock lasts until it has noticed and ended.
 
         Returns the layers that turned out to be damaged, and how. Raises `Stopped`; `OSError` when the local files
         cannot be written, `LazyReplicaError` when no loader can be had or it failed for another reason.
@@ -67,7 +69,7 @@ class BulkFiller:
             self._timeout,
             self._store.keys(),
         )
-        loader = BulkLoader(job)
+        loader = BulkLoader(job, kept_fds=(lock_fd,))
         with self._lock:
             if self._stopped:
                 raise Stopped

@@ -281,12 +281,13 @@ class Hydrator:
         self._by_hand = False
 
     def _fill_in_bulk(self, copy: LocalCopy, wanted: list[Wanted]) -> None:
-        self._by_hand = True  # whatever is missing after this
+        held = self.local.directory.users_fd
         try:
-            damaged = self._bulk.fill(copy.base, wanted, lambda: self.local.copy is copy)
+            damaged = self._bulk.fill(copy.base, wanted, held, lambda: self.local.copy is copy)
         except LazyReplicaError as exc:
             log.info("%s is not loaded in bulk: %s", self._store.url, exc)
-            return
+            damaged = {}
+        self._by_hand = True  # whatever is missing now
         for layer, reason in damaged.items():
             raise self._filler.distrust(layer, reason)
 

@@ -8,9 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))  # the hand-made replicas of the engine's tests
 
-from replicas import ReplicaDirectory  # noqa: E402
+from replicas import ReplicaDirectory
 
-from lazyreplica import layers  # noqa: E402
+from lazyreplica import layers
 
 
 @pytest.fixture(autouse=True)

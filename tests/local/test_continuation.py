@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 from copies import layer_of, proof_of
-from replicas import History, Pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replicas import History, Pages
 
 from lazyreplica.hydrator import _leads_on
 from lazyreplica.local.continuation import continuation

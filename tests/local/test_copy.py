@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from copies import append, begin, fill, new_history
-from replicas import PAGE_SIZE, disk_full
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from replicas import PAGE_SIZE, disk_full
 
 from lazyreplica.local.copy import LocalCopy, View
 from lazyreplica.local.state import read_state

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from copies import layer_of, new_history
-from replicas import History, disk_full
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replicas import History, disk_full
 
 from lazyreplica.errors import LTXError
 from lazyreplica.local.deltalog import DeltaLog, Record

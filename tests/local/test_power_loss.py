@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 from disk import Disk
-from replicas import FULL, History, ReplicaDirectory, complete, local_database, opened, pinned, read_database, start, until
+from replicas import (
+    FULL,
+    History,
+    ReplicaDirectory,
+    complete,
+    local_database,
+    opened,
+    pinned,
+    read_database,
+    start,
+    until,
+)
 
 from lazyreplica import attachment, hydrator
 from lazyreplica.local import deltalog, state

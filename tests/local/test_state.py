@@ -54,7 +54,7 @@ def test_a_switch_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: p
         raise OSError
 
     monkeypatch.setattr(*(os, "fsync") if step == "fsync" else (Path, "rename"), fail)
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         write_state(tmp_path, state.at(9, 5, (), 8))
     monkeypatch.undo()
     assert read_state(tmp_path) == state

@@ -74,8 +74,11 @@ And without `site`: the parent knows where modules are.
 class BulkLoader:
     """One job, in a process of its own. `start` it, take its `events`, `stop` it. Thread-safe."""
 
-    def __init__(self, job: BulkJob, *, on_pages: Callable[[int], None] | None = None) -> None:
-        """`on_pages` is told of each `Progress`'s pages, by whoever takes `events`."""
+    def __init__(
+        self, job: BulkJob, *, on_pages: Callable[[int], None] | None = None, kept_fds: tuple[int, ...] = ()
+    ) -> None:
+        """`on_pages` is told of each `Progress`'s pages, by whoever takes `events`. The child inherits `kept_fds`."""
+        self._kept_fds = kept_fds
         self._job = job
         self._on_pages = on_pages
         self._owner = os.getpid()
@@ -95,7 +98,7 @@ class BulkLoader:
         if self._stopped:
             return
         pipe = subprocess.PIPE
-        process = subprocess.Popen(_command(), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe)
+        process = subprocess.Popen(_command(), bufsize=0, stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=self._kept_fds)
         with self._lock:
             self._process = process
         try:

@@ -140,6 +140,12 @@ class CopyDirectory:
         self._owner_fd = fd
         return True
 
+    @property
+    def users_fd(self) -> int:
+        """The descriptor that holds the users' lock: a child process that writes to the copy keeps it open as well, so
+        that nobody is alone with the copy while it lives."""
+        return self._users_fd
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """Whether no other process uses the copy, nor begins to while the block runs.
@@ -261,7 +267,7 @@ def _open_lock(path: Path) -> int:
 def _is_strange(path: Path) -> bool:
     """Whether the directory is not ours. One look at all names: others may be making it in this moment."""
     try:
-        names = os.listdir(path)
+        names = os.listdir(path)  # noqa: PTH208 (at once)
     except FileNotFoundError:
         return False
     return bool(names) and _USERS not in names and not (path / _USERS).is_file()
