@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
+from lazyreplica.clock import now
 from lazyreplica.errors import LTXError, ReplicaDamaged, StoreError
 from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
@@ -56,6 +57,9 @@ _GUESSES = 3
 """Where entries lie is guessed so many times."""
 _PIECE = 768 << 10
 """Bytes of one request for a file that is read whole: more pieces travel side by side."""
+_TOGETHER = 256
+"""Files of a chain that share one timeout: of a hundred thousand each gets its turn, and a store that stops answering
+is noticed as soon as with one."""
 
 _numbers = itertools.count(1)
 
@@ -114,15 +118,14 @@ class Layers:
 
         `quick`: somebody waits, so what is large is not verified yet (see `verify`), and connections were prepared.
         `opened` is told of each file that is read, while others are still on their way. `timeout`: seconds for all of
-        them, if less than usual.
+        them, if less than usual; without, a chain of very many files takes the time it needs.
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
         new = [file for file in files if file not in here]
-        limit = self._timeout if timeout is None else min(timeout, self._timeout)
-        for file, parts in zip(new, self._fetch(new, quick, limit), strict=True):
+        for file, parts in zip(new, self._fetch(new, quick, timeout), strict=True):
             here[file] = self._read(file, parts, quick)
             if opened is not None:
                 opened(here[file])
@@ -135,8 +138,14 @@ class Layers:
         """The layer of a listed file. Bytes that do not parse are fetched once more before that is an error."""
         return self.open_chain([file])[0]
 
-    def _fetch(self, files: Sequence[StoredFile], quick: bool, timeout: float) -> Iterator[list[bytes]]:
+    def _fetch(self, files: Sequence[StoredFile], quick: bool, timeout: float | None) -> Iterator[list[bytes]]:
         """The stretches of each file that opening it needs (see `_stretches`), in the order of `files`."""
+        deadline = None if timeout is None else now() + timeout
+        for at in range(0, len(files), _TOGETHER):
+            limit = self._timeout if deadline is None else min(self._timeout, max(0.001, deadline - now()))
+            yield from self._fetch_together(files[at : at + _TOGETHER], quick, limit)
+
+    def _fetch_together(self, files: Sequence[StoredFile], quick: bool, timeout: float) -> Iterator[list[bytes]]:
         stretches = [_stretches(file, quick) for file in files]
         jobs = [(file, *stretch) for file, each in zip(files, stretches, strict=True) for stretch in each]
         if not quick:
