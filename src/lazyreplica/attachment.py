@@ -153,6 +153,7 @@ class Attachment:
     def _reopen(self, state: CopyState) -> LocalCopy:
         """The copy that a process left, as far as it can be trusted. Raises `OSError`."""
         copy = LocalCopy(self.directory.path, state, durable=self.directory.shared)
+        copy.base.forget_garbage()
         if not state.boot or state.boot != boot_id():
             copy.base.forget_unsynced()
             copy.state = state.at_boot()

@@ -21,7 +21,7 @@ class PageFile:
         """Raises `OSError`, `ValueError` for an empty presence file."""
         self._path = database
         self._page_size = page_size
-        self._file = os.open(database, os.O_RDWR | os.O_CLOEXEC)
+        self._file = os.open(database, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         with presence.open("r+b") as file:
             self._presence = mmap.mmap(file.fileno(), 0)
 

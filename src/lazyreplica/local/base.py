@@ -15,6 +15,7 @@ from pathlib import Path
 
 ABSENT, WRITTEN, SYNCED = b"\0", b"\1", b"\2"
 _CHUNK = 1 << 20
+_GARBAGE = re.compile(rb"[^\x00-\x02]")
 
 
 class Base:
@@ -72,6 +73,11 @@ class Base:
         present = self.present
         for pgno in pgnos:
             present[pgno - 1] = 0
+
+    def forget_garbage(self) -> None:
+        """If presence has bytes that nobody writes, nothing that it says is believed."""
+        if _GARBAGE.search(self.present) is not None:
+            self.forget(range(1, self.commit + 1))
 
     def forget_unsynced(self) -> None:
         """After a power loss: what was not synced may not be there."""

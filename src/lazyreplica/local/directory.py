@@ -26,7 +26,7 @@ from pathlib import Path
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.local.control import Control
-from lazyreplica.local.state import STATE, CopyState, sync_directory
+from lazyreplica.local.state import STATE, CopyState, read_own, sync_directory, write_own
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,14 @@ class CopyDirectory:
                 f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
                 "not lazyreplica's; nothing in it will be touched: name another hydration_path"
             )
+        info = path.lstat()
+        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            # In a shared directory anybody may have made it, and could give us any pages.
+            raise ConfigError(
+                f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, belongs to user "
+                f"{info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}; expected user {os.geteuid()}, and nobody "
+                "else with the right to write: remove it, or name another hydration_path"
+            )
         users_fd = _use(path, kept=True)
         directory = cls(path, users_fd, target)
         try:
@@ -87,8 +95,9 @@ class CopyDirectory:
         info = root.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
             # Somebody else made that name in a shared directory: stay out of it.
-            root = Path(tempfile.mkdtemp(prefix="lazyreplica-"))
-        root_fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+            path = Path(tempfile.mkdtemp(prefix="lazyreplica-"))
+            return cls(path, _use(path), None)
+        root_fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             # Under this lock nobody sees a directory between its creation and its locking.
             fcntl.flock(root_fd, fcntl.LOCK_EX)
@@ -181,11 +190,8 @@ class CopyDirectory:
             return
         status = database.stat()
         note = self.path / _PUBLISHED
-        new = note.with_suffix(".new")
-        with new.open("w") as writing:
-            json.dump([status.st_dev, status.st_ino], writing)
-            writing.flush()
-            os.fsync(writing.fileno())  # a link that outlived its note would be nobody's, and never removed
+        # On the disk before the link: one that outlived its note would be nobody's, and never removed.
+        new = write_own(note.with_suffix(".new"), json.dumps([status.st_dev, status.st_ino]))
         self.withdraw()
         new.rename(note)
         sync_directory(self.path)
@@ -220,9 +226,9 @@ class CopyDirectory:
 
     def _is_ours(self, target: Path) -> bool:
         try:
-            device, inode = json.loads((self.path / _PUBLISHED).read_text())
+            device, inode = json.loads(read_own(self.path / _PUBLISHED))
             status = target.lstat()
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return False
         return (status.st_dev, status.st_ino) == (device, inode)
 

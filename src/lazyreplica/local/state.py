@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -114,19 +113,16 @@ class CopyState:
 
 
 def read_state(directory: Path) -> CopyState | None:
-    """The state in `directory`; None if there is none that can be understood. Raises `OSError`."""
+    """The state in `directory`; None if there is none, or not as it was written. Raises `OSError`."""
     try:
-        checksum, _, text = (directory / STATE).read_bytes().partition(b"\n")
-        if int(checksum, 16) != crc64(text):
-            return None
-        found = json.loads(text)
-        if found.pop("format") != _FORMAT:
+        found = json.loads(read_own(directory / STATE))
+        if (found.pop("format"), found.pop("checksum")) != (_FORMAT, _checksum(found)):
             return None
         history = tuple(Proof(*each) for each in found.pop("history"))
         return CopyState(**found, history=history)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -134,17 +130,32 @@ def write_state(directory: Path, state: CopyState) -> None:
     """Switch to `state`: after a crash the directory has this one or the one before. Raises `OSError`."""
     fields = asdict(state)
     fields["history"] = [list(asdict(proof).values()) for proof in state.history]
-    text = json.dumps({"format": _FORMAT, **fields}).encode()
-    new = directory / f"{STATE}.new"
-    with contextlib.suppress(FileNotFoundError):
-        new.unlink()
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as writing:
-        writing.write(b"%016x\n%b" % (crc64(text), text))
+    text = json.dumps({"format": _FORMAT, "checksum": _checksum(fields), **fields})
+    write_own(directory / f"{STATE}.new", text).rename(directory / STATE)
+    sync_directory(directory)
+
+
+def _checksum(fields: dict[str, object]) -> str:
+    """Of all that a state says: a digit that has changed is another transaction's number, and so a wrong page."""
+    return f"{crc64(json.dumps(fields).encode()):016x}"
+
+
+def read_own(path: Path) -> str:
+    """The text of a small file of ours. What a link points to is not ours. Raises `OSError`, `ValueError`."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)  # a FIFO must not hang us
+    with os.fdopen(fd) as reading:
+        return reading.read()
+
+
+def write_own(path: Path, text: str) -> Path:
+    """A new file for us alone, on the disk, in place of what had its name. Raises `OSError`."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as writing:
+        writing.write(text)
         writing.flush()
         os.fsync(writing.fileno())
-    new.rename(directory / STATE)
-    sync_directory(directory)
+    return path
 
 
 def sync_directory(directory: Path) -> None:
