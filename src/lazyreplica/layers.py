@@ -22,7 +22,7 @@ from lazyreplica.errors import LTXError, ReplicaDamaged, StoreError
 from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
-from lazyreplica.ltx.index import PageIndex, locate_index
+from lazyreplica.ltx.index import INDEX_END, MAX_ENTRY_SIZE, PageIndex, locate_index
 from lazyreplica.ltx.lazyindex import Index, LazyIndex
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
@@ -51,6 +51,9 @@ _TAIL_SHARE = 128
 """Of larger files one part in so many is read from the end: an index has about 9 bytes for a frame of 1 to 4 KB."""
 _TAIL_MOST = 1 << 20
 _LARGE = 64 << 10
+_INDEX_MOST = 256 << 20
+"""Bytes of an increment's page index, which is read whole: 25 million pages. What a file says of itself is not to
+cost memory without bound."""
 _INDEX_READS = 32
 """Requests at once for page indexes that nobody waits for: 2 MiB, half of what a lazy one keeps."""
 _GUESSES = 3
@@ -285,6 +288,11 @@ class Layers:
             index = LazyIndex(header, file.size, start, length, partial(self._get, file))
             index.preload(held_from, tail)
             return index
+        most = min(_INDEX_MOST, header.commit * MAX_ENTRY_SIZE + INDEX_END)
+        if length > most:
+            raise LTXError(
+                f"page index has {length} bytes, expected {most} at most for a database of {header.commit} pages"
+            )
         missing = self._get(file, start, held_from - start) if start < held_from else b""
         held = max(start, held_from) - held_from
         return PageIndex.parse(missing + tail[held : start + length - held_from], header=header, file_size=file.size)
@@ -322,7 +330,7 @@ def _stretches(file: StoredFile, quick: bool) -> list[tuple[int, int]]:
     if _is_read_whole(file, quick):
         return [(at, min(_PIECE, file.size - at)) for at in range(0, file.size, _PIECE)] or [(0, 0)]
     if not file.name.is_snapshot:
-        tail = min(file.size, max(_TAIL // 4, file.size // _TAIL_SHARE))
+        tail = min(file.size, max(_TAIL // 4, min(file.size // _TAIL_SHARE, _INDEX_MOST // 16)))
         return [(0, HEADER_SIZE), (file.size - tail, tail)]
     tail = max(0, min(file.size - HEADER_SIZE, max(_TAIL, min(file.size // _TAIL_SHARE, _TAIL_MOST))))
     return [(0, min(_HEAD, file.size)), (file.size - tail, tail)]

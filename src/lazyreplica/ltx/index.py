@@ -18,6 +18,8 @@ _LENGTH_SIZE: Final = 8
 _MIN_FILE_SIZE: Final = HEADER_SIZE + FRAME_HEADER_SIZE + 1 + _LENGTH_SIZE + TRAILER_SIZE
 MAX_ENTRY_SIZE: Final = 5 + 9 + 3
 """Page number below 2**32, offset below 2**63, size of a frame below 2**21, seven bits a byte."""
+INDEX_END: Final = 1 + _LENGTH_SIZE
+"""Bytes after the entries: a zero and the length."""
 
 # Each byte of a varint in one of three classes: zero (0), the last of its varint (1), more to come (2).
 _VARINT_CLASS: Final = bytes([0]) + bytes([1]) * 127 + bytes([2]) * 128

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 from lazyreplica.errors import LTXError
 from lazyreplica.ltx.frame import FRAME_HEADER_SIZE, max_frame_size
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header
-from lazyreplica.ltx.index import MAX_ENTRY_SIZE, DensePgnos, PageIndex, parse_entries
+from lazyreplica.ltx.index import INDEX_END, MAX_ENTRY_SIZE, DensePgnos, PageIndex, parse_entries
 
 BLOCK_SIZE: Final = 8 << 10
 """Bytes of the index that are parsed, kept and forgotten together: some 900 pages."""
@@ -29,7 +29,6 @@ CAPACITY: Final = 4 << 20
 
 _WIDER: Final = 4
 """A lookup's further reads are so many times longer: sizes are distributed unevenly, so guesses are bad."""
-_AFTER_ENTRIES: Final = 1 + 8  # the zero and the length
 _MIN_ENTRY_SIZE: Final = 3
 _MIN_FRAME_SIZE: Final = FRAME_HEADER_SIZE + 1
 # `_recognise` needs the first seven varints that begin at or after a given byte: one begins within 8 bytes, since
@@ -119,14 +118,14 @@ class LazyIndex:
         """
         if not header.is_snapshot:
             raise LTXError(f"file {header.name} is no snapshot, expected one: it may leave out any page")
-        if start + length + TRAILER_SIZE != file_size or length < _AFTER_ENTRIES:
+        if start + length + TRAILER_SIZE != file_size or length < INDEX_END:
             raise LTXError(f"page index has {length} bytes from {start} on, expected it to end before the trailer")
         if not _LOOKAHEAD <= block_size <= 64 << 10:  # offsets in a block are kept in 32 bits
             raise ValueError(f"block_size is {block_size}, expected {_LOOKAHEAD} to {64 << 10}")
         self._commit, self._lock_pgno, self._header = header.commit, header.lock_pgno, header
         self._largest = max_frame_size(header.page_size)
         self._read = read
-        self._start, self._end = start, start + length - _AFTER_ENTRIES
+        self._start, self._end = start, start + length - INDEX_END
         self._block_size = block_size
         # The last block takes what is left over: none is shorter than block_size, unless it is the only one.
         self._block_count = max(1, (self._end - start) // block_size)

@@ -13,6 +13,9 @@ from lazyreplica.errors import StoreError
 _SIZE_DIGITS = 15
 """Decimal digits: a petabyte, twenty times what S3 allows."""
 
+_MARKUP = 200_000
+"""Tags and attributes of a document: eight times what 1000 keys need. Of a tag that is a few bytes, 250 in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -122,6 +125,8 @@ def _parse(body: bytes) -> ET.Element:
     # Entities need a document type; S3 never sends one. The encoding is fixed so that none can be hidden.
     if b"<!DOCTYPE" in body or b"<!ENTITY" in body or b"\0" in body:
         raise StoreError("the server's reply declares a document type or is not UTF-8; is that an S3 endpoint?")
+    if body.count(b"<") + body.count(b"=") > _MARKUP:
+        raise StoreError("the server's reply has more markup than any reply of S3; is that an S3 endpoint?")
     try:
         return ET.fromstring(body, ET.XMLParser(encoding="utf-8"))
     except ET.ParseError as error:
