@@ -6,13 +6,15 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lazyreplica import litestream_yml
 from lazyreplica.config import OPTION_NAMES, Options
 from lazyreplica.errors import ConfigError
 from lazyreplica.moments import parse_moment
-from lazyreplica.storage.credentials import CredentialSource
 from lazyreplica.storage.url import parse_replica_url
+
+if TYPE_CHECKING:
+    from lazyreplica.storage.credentials import CredentialSource
 
 URL_VARIABLE = "LITESTREAM_REPLICA_URL"
 
@@ -104,6 +106,8 @@ def replica_of(name: str) -> tuple[str, CredentialSource | None]:
     `name` is a path, or the base name of one, that litestream.yml lists. The pair is what `open_store` takes. Raises
     `ConfigError` when there is no such file, it cannot be understood, or it does not list the database.
     """
+    from lazyreplica import litestream_yml  # only for those who have no URL
+
     config = litestream_yml.load()
     if config is None:
         raise ConfigError(f"{name!r} is not a replica's URL, and there is no {litestream_yml.PLACES} that lists it")
@@ -111,6 +115,8 @@ def replica_of(name: str) -> tuple[str, CredentialSource | None]:
 
 
 def _of_the_writer(name: str) -> tuple[str, CredentialSource | None]:
+    from lazyreplica import litestream_yml  # only for those who have no URL
+
     config = litestream_yml.load()
     listed = f" (there is no {litestream_yml.PLACES})"
     if config is not None:

@@ -5,7 +5,6 @@ A forked child starts with none: what it inherited is the parent's, and it opens
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import threading
@@ -94,8 +93,8 @@ def _leave(key: str, entry: _Entry) -> None:
         entry.replica.close()
 
 
-@atexit.register
-def _close_all() -> None:
+def close_all() -> None:
+    """At interpreter exit: close every replica."""
     with _lock:
         entries = list(_entries.values())
         _entries.clear()

@@ -25,6 +25,13 @@ _ANSWERS: dict[str, Callable[[Replica, Snapshot], str]] = {
     "litestream_hydration_txid": lambda replica, _: format_txid(txid) if (txid := replica.hydration_txid) else "",
 }
 
+FUNCTIONS: dict[str, Callable[[Replica, Snapshot], str | float]] = {
+    "litestream_txid": _ANSWERS["litestream_txid"],
+    "litestream_time": _ANSWERS["litestream_time"],
+    "litestream_lag": lambda replica, _: replica.lag,
+}
+"""SQL functions that tell something -> what they give."""
+
 SETTABLE = {"litestream_time": "time", "litestream_txid": "txid"}
 """Pragma -> the kind of moment that it takes as its value."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 
 import apsw
 
@@ -24,6 +26,14 @@ def register() -> None:
     _enable_uri_names()
     _vfs = LitestreamVFS()
     apsw.connection_hooks.extend((remember, add_functions))
+    # Now, not when the engine is loaded: what the user registers from here on still finds replicas open.
+    atexit.register(_close_replicas)
+
+
+def _close_replicas() -> None:
+    registry = sys.modules.get("lazyreplica.registry")
+    if registry is not None:
+        registry.close_all()
 
 
 def _enable_uri_names() -> None:

@@ -7,15 +7,9 @@ working directory, and its WAL was deleted.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
 import apsw
 
-from lazyreplica.errors import ConfigError, LazyReplicaError
-from lazyreplica.naming import is_configured, resolve
-from lazyreplica.registry import acquire, release
-from lazyreplica_vfs.file import ReplicaFile
+from lazyreplica.errors import LazyReplicaError
 from lazyreplica_vfs.sqlite_errors import OPEN, as_sqlite
 
 NAME = "litestream"
@@ -39,8 +33,10 @@ class LitestreamVFS(apsw.VFS):
             raise apsw.CantOpenError(f"a replica has no journal or WAL: {name}")
         if not asked & apsw.SQLITE_OPEN_MAIN_DB:
             return apsw.VFSFile(BASE, name, flags)  # temporary files: sorts, TEMP tables, statement journals
+        from lazyreplica_vfs.opening import open_replica  # the engine, which `import lazyreplica` does not wait for
+
         try:
-            file = _open_replica(name)
+            file = open_replica(name)
         except LazyReplicaError as exc:
             raise as_sqlite(exc, OPEN) from exc
         flags[1] = asked & ~(apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE) | apsw.SQLITE_OPEN_READONLY
@@ -56,45 +52,3 @@ class LitestreamVFS(apsw.VFS):
     def xFullPathname(self, name: str) -> str:
         """Unchanged."""
         return name
-
-
-def _open_replica(name: str | apsw.URIFilename | None) -> ReplicaFile:
-    if isinstance(name, apsw.URIFilename):
-        filename, parameters = (
-            name.filename(),
-            {key: name.uri_parameter(key) or "" for key in name.parameters},
-        )
-    else:
-        filename, parameters = name or "", {}
-    _refuse_strangers(filename, parameters)
-    named = resolve(filename, parameters)
-    replica = acquire(named.url, named.options, named.credentials)
-    try:
-        return ReplicaFile(replica, locks=not _never_locks(parameters), start=named.start)
-    except BaseException:
-        release(replica)
-        raise
-
-
-def _refuse_strangers(filename: str, parameters: Mapping[str, str]) -> None:
-    """ATTACH and VACUUM INTO inherit the connection's VFS: a plain file name must not become a replica silently."""
-    if is_configured(filename) or "replica_url" in parameters or parameters.get("vfs") == NAME:
-        return
-    raise ConfigError(
-        f"{filename!r} is not a configured replica, and this connection's VFS would open it as one: for a local file "
-        f"write 'file:{filename}?vfs=unix' (ATTACH and VACUUM INTO take it too), for a replica "
-        f"'file:{filename}?vfs=litestream&replica_url=...'"
-    )
-
-
-def _never_locks(parameters: Mapping[str, str]) -> bool:
-    """Whether SQLite will read without locking."""
-    return _is_true(parameters.get("immutable", "")) or _is_true(parameters.get("nolock", ""))
-
-
-def _is_true(value: str) -> bool:
-    """SQLite's own reading of a boolean URI parameter (``sqlite3GetBoolean``): leading digits count, as one byte."""
-    digits = re.match(r"[0-9]+", value)
-    if digits:
-        return int(digits[0]) & 0xFF != 0
-    return value.lower() in {"yes", "true", "on"}
