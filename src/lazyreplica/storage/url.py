@@ -7,18 +7,21 @@ comment says why.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.storage.encryption import CustomerKey, Upload
 from lazyreplica.storage.providers import AWS_HOST, DEFAULT_REGION, bucket_in_host, misplaced
+
+if TYPE_CHECKING:
+    import ipaddress
 
 _SCHEMES = "s3://bucket/path?endpoint=... and file:///absolute/directory"
 _SPELLINGS = {
@@ -363,6 +366,8 @@ def _is_local(endpoint: str) -> bool:
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    import ipaddress  # a replica in local files needs none
+
     try:
         return ipaddress.ip_address(host)
     except ValueError:
