@@ -12,7 +12,6 @@ import logging
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
@@ -340,6 +339,8 @@ def prepare(store: Store, count: int, timeout: float) -> None:
     """Connect `count` times, all at once, and wait for that."""
     if count < 1:
         return
+    from concurrent.futures import ThreadPoolExecutor  # a store near by needs none
+
     with contextlib.suppress(RuntimeError), ThreadPoolExecutor(count) as crew:  # no threads at interpreter exit
         for _ in range(count):
             crew.submit(store.prepare, timeout)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,6 +84,8 @@ def _verify(layers: Layers, chain: list[Layer], url: str) -> None:
 def _list(store: Store, timeout: float) -> tuple[StoredFile, ...]:
     with contextlib.ExitStack() as ending:
         if store.parallel > 1:
+            from concurrent.futures import ThreadPoolExecutor  # a store near by needs none
+
             # The chain's files are asked for right after this. (No new threads at interpreter exit: then without.)
             crew = ThreadPoolExecutor(store.parallel, thread_name_prefix="lazyreplica-open")
             ending.callback(crew.shutdown, wait=False, cancel_futures=True)

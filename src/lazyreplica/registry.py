@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from typing import TYPE_CHECKING
 
 from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError
 from lazyreplica.replica import Replica
 from lazyreplica.storage import open_store
-from lazyreplica.storage.credentials import CredentialSource
 from lazyreplica.storage.url import parse_replica_url
+
+if TYPE_CHECKING:
+    from lazyreplica.storage.credentials import CredentialSource
 
 log = logging.getLogger(__name__)
 

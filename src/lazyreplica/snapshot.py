@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import secrets
+import os
 from dataclasses import dataclass, field
 
 from lazyreplica.errors import ReplicaDamaged
@@ -26,7 +26,7 @@ class Lineage:
 
     number: int = field(default_factory=lambda: next(_numbers))
     epoch: int = 0
-    counter_seed: int = field(default_factory=lambda: secrets.randbits(32))
+    counter_seed: int = field(default_factory=lambda: int.from_bytes(os.urandom(4)))
 
     def next_epoch(self) -> Lineage:
         """The same history after a stretch that was not followed link by link."""

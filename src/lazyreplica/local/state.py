@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import zlib
 from array import array
 from base64 import b85decode, b85encode
@@ -90,7 +89,7 @@ class CopyState:
     @classmethod
     def new(cls, url: str, page_size: int, number: int, txid: int, commit: int, chain: tuple[Proof, ...]) -> CopyState:
         """The state of an empty copy in the files of that `number`."""
-        return cls(url, page_size, number, number, txid, commit, chain, boot_id(), secrets.token_hex(8))
+        return cls(url, page_size, number, number, txid, commit, chain, boot_id(), os.urandom(8).hex())
 
     def at(self, txid: int, commit: int, more: tuple[Proof, ...], base: int) -> CopyState:
         """The same history, later, with another log."""

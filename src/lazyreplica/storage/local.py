@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -201,7 +200,7 @@ def _write(path: Path, chunks: Iterator[bytes], mtime_ns: int | None) -> None:
     """A file that is there whole and durable, or not at all."""
     with _clear_errors(f"writing {path}"):
         _make_directory(path.parent)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
         try:
             with temporary.open("xb") as file:
                 for chunk in chunks:
