@@ -50,6 +50,8 @@ ORDER = [
     "plan",
     "storage",
     "ltx",
+    "stats",
+    "events",
     "config",
     "moments",
     "clock",

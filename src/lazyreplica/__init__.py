@@ -15,15 +15,35 @@ from lazyreplica import errors
 from lazyreplica_vfs.register import register
 
 if TYPE_CHECKING:
+    from lazyreplica.events import add_listener
     from lazyreplica.naming import configure
     from lazyreplica.publish import Published, publish
-    from lazyreplica_vfs.connections import connect, export, refresh, wait_for
+    from lazyreplica.registry import all_stats
+    from lazyreplica.stats import Stats
+    from lazyreplica_vfs.connections import connect, export, refresh, stats, wait_for
 
-__all__ = ["Published", "configure", "connect", "errors", "export", "publish", "refresh", "wait_for"]
+__all__ = [
+    "Published",
+    "Stats",
+    "add_listener",
+    "all_stats",
+    "configure",
+    "connect",
+    "errors",
+    "export",
+    "publish",
+    "refresh",
+    "stats",
+    "wait_for",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "add_listener": "lazyreplica.events",
+    "all_stats": "lazyreplica.registry",
+    "Stats": "lazyreplica.stats",
+    "stats": "lazyreplica_vfs.connections",
     "configure": "lazyreplica.naming",
     "publish": "lazyreplica.publish",
     "Published": "lazyreplica.publish",
@@ -37,7 +57,7 @@ it starts 80 ms sooner."""
 
 
 class _Package(ModuleType):
-    """This package. A function keeps its name where a module is called the same: ``publish``, ``export``."""
+    """This package. A function keeps its name where a module is called the same: ``publish``, ``export``, ``stats``."""
 
     def __getattr__(self, name: str) -> object:
         home = _HOMES.get(name)

@@ -70,6 +70,11 @@ class PageCache:
         while self._probation.currsize + self._protected.currsize > self._capacity:
             self._probation.popitem()
 
+    @property
+    def memory(self) -> int:
+        """Bytes that it takes."""
+        return int(self._probation.currsize + self._protected.currsize)
+
     def drop_version(self, version: int) -> None:
         """Forget every page of one layer."""
         with self._lock:

@@ -33,7 +33,7 @@ class State(Enum):
 class Extent:
     """Bytes start <= offset < end of one layer's file. Owned by `Extents`, which alone changes it."""
 
-    __slots__ = ("arrived", "data", "end", "number", "start", "state")
+    __slots__ = ("ahead", "arrived", "data", "end", "number", "start", "state")
 
     def __init__(self, number: int, start: int, end: int, state: State) -> None:
         self.number = number
@@ -41,6 +41,8 @@ class Extent:
         self.start = start
         self.end = end
         self.state = state
+        self.ahead = 0
+        """Pages in it that were announced (see `Extents.announce`) and nobody has read yet."""
         self.data: Data = b""
         self.arrived = threading.Event()
         """Set when it is here, or failed."""
@@ -73,6 +75,8 @@ class Extents:
         self._flying_size = 0
         self._places: dict[tuple[int, int], list[Extent]] = {}
         self._lock = threading.Lock()
+        self.pages_ahead = self.pages_unused = 0
+        """Pages that were announced, and those of them that were dropped unread."""
 
     # -- whole files --
 
@@ -96,6 +100,11 @@ class Extents:
         return data
 
     # -- stretches --
+
+    @property
+    def memory(self) -> int:
+        """Bytes that all of it takes, what is under way included."""
+        return self._whole_size + self._passing_size
 
     @property
     def room(self) -> int:
@@ -124,6 +133,13 @@ class Extents:
             self._flying_size += extent.memory
             self._shrink(extent)
             return extent, True
+
+    def announce(self, extent: Extent, pages: int) -> None:
+        """So many pages of a new extent are expected to be read."""
+        with self._lock:
+            if extent.state is not State.FAILED:
+                extent.ahead = pages
+                self.pages_ahead += pages
 
     def claim(self, extent: Extent) -> bool:
         """Whether the caller is the one who has to fetch a waiting extent."""
@@ -196,6 +212,11 @@ class Extents:
         self._passing_size -= extent.memory
         if extent.state in (State.WAITING, State.FLYING):
             self._flying_size -= extent.memory
+        if extent.state is State.HERE:
+            self.pages_unused += extent.ahead
+        else:
+            self.pages_ahead -= extent.ahead
+        extent.ahead = 0
         # Who has found it may go on reading its bytes.
         if extent.state is not State.HERE:
             extent.state = State.FAILED

@@ -21,6 +21,7 @@ from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.spans import FIRST, LIMIT, Place, Span, join, peek
+from lazyreplica.stats import ReadCounters
 from lazyreplica.storage import Store, waiting
 from lazyreplica.trees import Trees
 
@@ -47,6 +48,7 @@ class Fetcher:
         relocator: Relocator,
         readahead: Readahead,
         trees: Trees,
+        counters: ReadCounters,
         timeout: float,
     ) -> None:
         """`timeout`: seconds a read may take in all."""
@@ -57,6 +59,7 @@ class Fetcher:
         self._relocator = relocator
         self._readahead = readahead
         self._trees = trees
+        self._counters = counters
         self._timeout = timeout
         self._demand = 0
         self._listener: Callable[[int], None] | None = None
@@ -99,15 +102,20 @@ class Fetcher:
                     continue
                 whole = self._layers.kept(layer)
                 if whole is not None:
+                    self._counters.ahead_hits += 1
                     self._ahead(snapshot, further, reader)
                     return place.decode(whole, 0)
                 extent = self._extents.find(layer.number, place.start, place.end)
                 if extent is not None:
+                    self._counters.ahead_hits += 1
+                    if extent.ahead:
+                        extent.ahead -= 1
                     self._ahead(snapshot, further, reader)
                     return self._decode_from(extent, place)
                 if not gone:
                     # Announced, and not here: what was announced with it may have failed too, or been pushed out.
                     further = further or reader.missed()
+                    self._counters.misses += 1
                     return self._decode_from(self._begin(snapshot, place, further, reader), place)
             except FileVanished as exc:
                 log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
@@ -140,9 +148,11 @@ class Fetcher:
         places = self._places(snapshot, further)
         near, far = [wanted, *places[:_NEAR]], places[_NEAR:]
         mine, *others = join(near, FIRST)
-        extent, _ = self._extents.begin(
+        extent, new = self._extents.begin(
             wanted.layer.number, mine.start, mine.end, State.WAITING, (wanted.start, wanted.end)
         )
+        if new:
+            self._extents.announce(extent, len(mine.places) - 1)
         self._start(others + join(far, LIMIT), reader)
         return extent
 
@@ -158,8 +168,10 @@ class Fetcher:
             extent, new = self._extents.begin(
                 span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end)
             )
-            if new and not self._bring(span, extent, reader.trees):
-                reader.refused(span.pgnos)
+            if new:
+                self._extents.announce(extent, len(span.places))
+                if not self._bring(span, extent, reader.trees):
+                    reader.refused(span.pgnos)
 
     def _bring(self, span: Span, extent: Extent, trees: Trees) -> bool:
         """Let a thread fetch an extent, and learn from the interior pages in it that somebody waits for."""

@@ -69,6 +69,8 @@ class Follower:
         self._set_back = 0
         """Listings in a row that did not hold the transaction we stand on, nor a newer one."""
         self._misses = 0
+        self.polls = self.failed_polls = self.transactions = 0
+        """Since the start; `transactions`: files that were applied."""
         self._listed_at = self.tried_at = now()
         """When (`clock.now`) the last listing was asked for, and when the last poll, successful or not, ended."""
         self._started_at = self._awaited = self.tried_at
@@ -143,6 +145,7 @@ class Follower:
             raise StoreUnavailable(f"{self._store.url}: a poll that is under way did not end within {limit:g} seconds")
         try:
             self._started_at = now()
+            self.polls += 1
             self._limit = limit
             succeeded = False
             self._poll(thorough)
@@ -151,6 +154,7 @@ class Follower:
             succeeded = True
         finally:
             self._failing = not succeeded
+            self.failed_polls += self._failing
             self.tried_at = now()
             self._lock.release()
 
@@ -244,6 +248,7 @@ class Follower:
         return self._head.current.txid > head.txid
 
     def _apply(self, head: Snapshot, arrival: Arrival) -> None:
+        self.transactions += 1
         if arrival.layer.header.page_size != head.page_size and arrival.layer.holds_everything:
             log.warning("%s has another page size now: open connections have to reopen", self._store.url)
             self._replace(head.with_layer(arrival.layer, Lineage()))

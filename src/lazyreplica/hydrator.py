@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 
-from lazyreplica import bulkfilling
+from lazyreplica import bulkfilling, events
 from lazyreplica.attachment import Apply, Attachment
 from lazyreplica.bulkfilling import BulkFiller
 from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreError
@@ -20,6 +20,7 @@ from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.continuation import Continuation, continuation
 from lazyreplica.local.copy import LocalCopy
 from lazyreplica.local.state import Proof
+from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import Store, StoredFile
@@ -264,6 +265,8 @@ class Hydrator:
                 if self.local.copy is copy:
                     self.local.complete = True
                     log.info("every page of %s is local", self._store.url)
+                    if events.listeners:
+                        events.emit(events.HydrationDone(self._store.url, format_txid(copy.txid)))
             return
         if copy.txid != head.txid or head.lineage is not self.local.lineage:
             raise Stopped  # the head has moved on in this moment

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError
 from lazyreplica.replica import Replica
+from lazyreplica.stats import Stats
 from lazyreplica.storage import open_store
 from lazyreplica.storage.url import parse_replica_url
 
@@ -94,6 +95,12 @@ def _leave(key: str, entry: _Entry) -> None:
             del _entries[key]
     if entry.replica is not None:
         entry.replica.close()
+
+
+def all_stats() -> dict[str, Stats]:
+    """What each open replica of this process has done, by its URL. For a collector: opens nothing, waits for nobody."""
+    replicas = {key: entry.replica for key, entry in list(_entries.items())}
+    return {key: replica.stats() for key, replica in replicas.items() if replica is not None}
 
 
 def close_all() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from lazyreplica import events
 from lazyreplica.attachment import Attachment
 from lazyreplica.cache import PageCache
 from lazyreplica.clock import now
@@ -46,7 +47,9 @@ from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
+from lazyreplica.stats import ReadCounters, Stats
 from lazyreplica.storage import Store, StoredFile
+from lazyreplica.storage.counting import CountingStore
 from lazyreplica.storage.waiting import called_off_by
 from lazyreplica.trees import Trees
 
@@ -81,7 +84,8 @@ class Replica:
         """Owns `store` from here on, even when this raises."""
         self.options = options
         self.url = store.url
-        self._store = store
+        store = self._store = CountingStore(store)
+        self._counters = ReadCounters()
         self._closed = self._abandoned = False
         self._closing = threading.Event()
         self._damage: list[_Damage] = []
@@ -118,7 +122,14 @@ class Replica:
             relocator = Relocator(store, self.layers, self._head, self._catch_up, options.read_timeout)
             self._trees = Trees(snapshot.page_size)
             self._fetcher = Fetcher(
-                store, self.layers, self._cache, relocator, self._readahead, self._trees, options.read_timeout
+                store,
+                self.layers,
+                self._cache,
+                relocator,
+                self._readahead,
+                self._trees,
+                self._counters,
+                options.read_timeout,
             )
             self._hydrator = self._make_hydrator(relocator, opened.files)
             self._gatherer = Gatherer(store, self.layers, self._cache, relocator, self._trees, options.read_timeout)
@@ -240,6 +251,34 @@ class Replica:
         """The transaction whose database the file at `hydration_file` is, byte for byte; None while it is not whole."""
         return self._hydrator.local.file_txid if self._hydrator else None
 
+    def stats(self) -> Stats:
+        """What this replica has done, and where it stands. Takes no lock; some 20 us."""
+        store, follower, counters, extents = self._store, self._follower, self._counters, self.layers.extents
+        txid = self.hydration_txid
+        return Stats(
+            url=self.url,
+            txid=format_txid(self.head.txid),
+            lag=self.lag,
+            requests=store.requests,
+            retries=store.retries,
+            failures=store.failures,
+            bytes=store.bytes,
+            listings=store.listings,
+            polls=follower.polls,
+            failed_polls=follower.failed_polls,
+            transactions=follower.transactions,
+            memory_hits=counters.memory_hits,
+            local_hits=counters.local_hits,
+            ahead_hits=counters.ahead_hits,
+            misses=counters.misses,
+            pages_ahead=extents.pages_ahead,
+            pages_ahead_unused=extents.pages_unused,
+            cache_bytes=self._cache.memory,
+            ahead_bytes=extents.memory,
+            hydration_progress=self.hydration_progress,
+            hydration_txid=None if txid is None else format_txid(txid),
+        )
+
     def at(self, moment: Moment) -> Snapshot:
         """The snapshot of a moment of the past, for one reader: no two calls give the same value.
 
@@ -350,9 +389,11 @@ class Replica:
         if self._hydrator is not None:
             page = self._local_page(snapshot, layer, pgno)
             if page is not None:
+                self._counters.local_hits += 1
                 return page
         page = self._cache.get(pgno, layer.number)
         if page is not None:
+            self._counters.memory_hits += 1
             reader.hit(pgno, page)
         else:
             with called_off_by(is_off):
@@ -430,6 +471,7 @@ class Replica:
             self._hydrator.advance(arrival, after)
         else:
             self._head.advance(after)
+        self._tell(after)
 
     def _replace(self, after: Snapshot) -> None:
         if after.lineage.number != self._head.current.lineage.number:
@@ -438,6 +480,12 @@ class Replica:
             self._hydrator.replace(after)
         else:
             self._head.replace(after)
+        self._tell(after)
+
+    def _tell(self, after: Snapshot) -> None:
+        if events.listeners:
+            lag = time.time() - after.timestamp_ms / 1000
+            events.emit(events.TransactionArrived(self.url, format_txid(after.txid), lag))
 
     def _polled(self) -> None:
         if self._hydrator:

@@ -189,6 +189,14 @@ class SpyStore:
         self.before_list: Callable[[], object] = lambda: None
         self.after_list: Callable[[], object] = lambda: None
 
+    @property
+    def requests(self) -> int:
+        return self.inner.requests
+
+    @property
+    def retries(self) -> int:
+        return self.inner.retries
+
     def prepare(self, timeout: float) -> None:
         pass
 

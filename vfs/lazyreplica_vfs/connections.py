@@ -1,4 +1,4 @@
-"""Functions that take a connection: `connect`, `refresh`, `wait_for`."""
+"""Functions that give or take a connection: `connect`, `refresh`, `wait_for`, `export`, `stats`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import apsw
 from lazyreplica.config import Options
 from lazyreplica.export import export_snapshot
 from lazyreplica.ltx.name import format_txid, parse_txid
+from lazyreplica.stats import Stats
 from lazyreplica_vfs.file import file_of
 
 
@@ -58,6 +59,14 @@ def export(connection: apsw.Connection, path: str | os.PathLike[str], schema: st
     with file.pinned() as snapshot:
         export_snapshot(file.replica, snapshot, Path(path))
         return format_txid(snapshot.txid)
+
+
+def stats(connection: apsw.Connection, schema: str = "main") -> Stats:
+    """What the replica behind a connection has done since it was opened, and where it stands.
+
+    It is shared by all connections of this process that have the same URL. Raises `ConfigError`.
+    """
+    return file_of(connection, schema).replica.stats()
 
 
 def wait_for(connection: apsw.Connection, txid: int | str, timeout: float = 10.0, schema: str = "main") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from lazyreplica.errors import ConfigError
@@ -22,6 +23,7 @@ _ANSWERS: dict[str, Callable[[Replica, Snapshot], str]] = {
     "litestream_lag": lambda replica, _: f"{replica.lag:.3f}" if replica.lag >= 0 else "-1",
     "litestream_hydration_progress": lambda replica, _: f"{replica.hydration_progress:.1f}",
     "litestream_hydration_file": lambda replica, _: replica.hydration_file or "",
+    "litestream_stats": lambda replica, _: json.dumps(replica.stats().as_dict()),
     "litestream_hydration_txid": lambda replica, _: format_txid(txid) if (txid := replica.hydration_txid) else "",
 }
 

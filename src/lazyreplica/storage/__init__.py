@@ -75,6 +75,14 @@ class Store(Protocol):
     def ready(self) -> int:
         """How many calls can be made at once without making ready for them."""
 
+    @property
+    def requests(self) -> int:
+        """What was asked so far, each request that a call took: pages of a listing, and those that were repeated."""
+
+    @property
+    def retries(self) -> int:
+        """How many of them were repeated."""
+
     def prepare(self, timeout: float) -> None:
         """Make ready for one more call at once (a connection), if that takes time. Never raises."""
 

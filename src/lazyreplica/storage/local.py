@@ -30,6 +30,12 @@ class LocalStore:
     def __init__(self, url: FileURL) -> None:
         self._url = url
         self._path = url.path
+        self.requests = 0
+        """Calls: nothing travels."""
+
+    @property
+    def retries(self) -> int:
+        return 0
 
     @property
     def url(self) -> str:
@@ -50,12 +56,14 @@ class LocalStore:
         """Nothing to prepare."""
 
     def list_all(self, timeout: float) -> Listing:
+        self.requests += 1
         files = [file for level in LEVELS for file in self._list_level(level)]
         with _clear_errors(f"listing {self._path}"):
             strangers = frozenset(entry.name for entry in os.scandir(self._path) if entry.name != "ltx")
         return Listing(tuple(files), strangers)
 
     def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
+        self.requests += 1
         return [file for file in self._list_level(level) if after is None or file.name > after]
 
     def _list_level(self, level: int) -> list[StoredFile]:
@@ -97,6 +105,7 @@ class LocalStore:
     def read(self, file: StoredFile, offset: int, length: int, timeout: float) -> bytes:
         if offset < 0 or length < 0 or offset + length > file.size:
             raise ValueError(f"bytes {offset}..{offset + length} of {file}, which has {file.size}")
+        self.requests += 1
         path = self._file(file.level, file.name)
         opened = self._open(path)
         if opened is None:
@@ -120,6 +129,7 @@ class LocalStore:
         return (self.read(*each, timeout) for each in wanted)
 
     def get(self, level: int, name: FileName, limit: int, timeout: float) -> tuple[StoredFile, bytes] | None:
+        self.requests += 1
         path = self._file(level, name)
         opened = self._open(path)
         if opened is None:

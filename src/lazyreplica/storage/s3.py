@@ -89,6 +89,14 @@ class S3Store:
     def ready(self) -> int:
         return self._client.ready
 
+    @property
+    def requests(self) -> int:
+        return self._client.requests
+
+    @property
+    def retries(self) -> int:
+        return self._client.retries
+
     def prepare(self, timeout: float) -> None:
         self._client.prepare(timeout)
 
@@ -233,6 +241,7 @@ class S3Store:
             try:
                 return self._client.finish(pending, wanted.accept, wanted.window)
             except TransientError as exc:
+                self._client.retries += 1
                 logger.debug("%s: %s", wanted.request.what, exc)
         return self._call(wanted, max(deadline.left(), 0.001))
 

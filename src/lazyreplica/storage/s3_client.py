@@ -102,6 +102,7 @@ class S3Client:
         parts = urlsplit(url.base_url)
         self._host = parts.netloc
         self._base = parts.path
+        self.requests = self.retries = 0
         self._connections = Connections(f"{parts.scheme}://{parts.netloc}", skip_verify=url.skip_verify)
 
     def call(
@@ -120,8 +121,13 @@ class S3Client:
             functools.partial(self._attempt, request, deadline, accept, window),
             what=f"{self.url}: {request.what}",
             deadline=deadline,
-            sleep=functools.partial(wait, self._connections.closed),
+            sleep=self._pause,
         )
+
+    def _pause(self, seconds: float) -> None:
+        """Before another attempt."""
+        self.retries += 1
+        wait(self._connections.closed, seconds)
 
     def _attempt(
         self,
@@ -131,6 +137,7 @@ class S3Client:
         window: Callable[[Head], Window],
     ) -> T:
         credentials = self._credentials.get()
+        self.requests += 1
         reply = self._connections.exchange(self._signed(request, credentials), _or_refusal(window), deadline)
         return self._judge(reply, accept, credentials)
 
@@ -145,7 +152,10 @@ class S3Client:
         """
         credentials = self._credentials.get()
         pending = self._connections.send(self._signed(request, credentials), deadline, connect=connect)
-        return Started(pending, credentials) if pending is not None else None
+        if pending is None:
+            return None
+        self.requests += 1
+        return Started(pending, credentials)
 
     def finish(self, started: Started, accept: Callable[[Reply], T], window: Callable[[Head], Window]) -> T:
         """What `accept` makes of the reply. Raises `TransientError` too."""
