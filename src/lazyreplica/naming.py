@@ -59,6 +59,17 @@ def configure(name: str, url: str, *, time: object = None, txid: object = None, 
         _configured[name] = Named(url, parsed, start=start)
 
 
+def adopt(name: str) -> None:
+    """Let the database `name` stand for its replica in litestream.yml, whatever the environment says.
+
+    Raises `ConfigError` as `replica_of` does.
+    """
+    url, credentials = replica_of(name)
+    parse_replica_url(url)
+    with _lock:
+        _configured[name] = Named(url, Options.from_environment(), credentials)
+
+
 def is_configured(name: str) -> bool:
     """Whether `configure` was called for that name."""
     with _lock:

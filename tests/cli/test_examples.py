@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ def world(rclone: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rclone.settle()
     database = build_social(directory / "app.db", posts=100)
     replicate_once(database, rclone.url("bucket", "app"), env=rclone.env)
+    config = {"dbs": [{"path": str(database), "replica": {"url": "s3://bucket/app"}}]}
+    (directory / "litestream.yml").write_text(json.dumps(config))  # JSON is YAML
     for file in (rclone.root / "bucket" / "app" / "0000").iterdir():
         shutil.copy(file, directory)
     return directory

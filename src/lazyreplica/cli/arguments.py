@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import quote, urlencode
 
-from lazyreplica.config import OPTION_NAMES
-from lazyreplica.errors import LTXError
-from lazyreplica.ltx.name import parse_txid
-from lazyreplica.storage import LEVELS
+import apsw
+
+import lazyreplica
+from lazyreplica.config import OPTION_NAMES, Options
+from lazyreplica.errors import ConfigError, LTXError
+from lazyreplica.ltx.name import format_txid, parse_txid
+from lazyreplica.moments import AtTime, AtTXID, Moment, parse_time
+from lazyreplica.naming import adopt, replica_of
+from lazyreplica.storage import LEVELS, Store, open_store
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lazyreplica.storage.credentials import CredentialSource
 
 
 class UsageError(Exception):
@@ -53,7 +62,68 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def add_url(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", metavar="URL", help="the replica: s3://bucket/path or file:///dir")
+    parser.add_argument(
+        "url",
+        metavar="URL",
+        help="the replica: s3://bucket/path or file:///dir; or a database's path or base name in litestream.yml",
+    )
+
+
+def is_url(name: str) -> bool:
+    """Whether `name` is a replica's URL, and not a database that litestream.yml lists."""
+    return "://" in name
+
+
+def replica_named(name: str) -> tuple[str, CredentialSource | None]:
+    """The URL of the replica that a command line names, and the keys that come with it (None: the environment's).
+
+    Raises `ConfigError` for what is neither a URL nor a database that litestream.yml lists.
+    """
+    return (name, None) if is_url(name) else replica_of(name)
+
+
+def open_replica(name: str) -> Store:
+    """The store of the replica that a command line names. Raises `ConfigError`."""
+    return open_store(*replica_named(name))
+
+
+def connect(args: argparse.Namespace) -> apsw.Connection:
+    """A connection to the replica that the command line names, with its ``-o`` and its moment, if there is one."""
+    given = options(args)
+    moment: dict[str, str] = {}
+    if getattr(args, "time", None) is not None:
+        moment["time"] = args.time
+    if getattr(args, "txid", None) is not None:
+        moment["txid"] = format_txid(args.txid)
+    if is_url(args.url):
+        return lazyreplica.connect(args.url, **moment, **given)
+    Options().updated(given, "-o")
+    adopt(args.url)
+    query = urlencode({"vfs": "litestream", **moment, **given}, quote_via=quote)
+    return apsw.Connection(f"file:{quote(args.url)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+
+
+def add_moment(parser: argparse.ArgumentParser) -> None:
+    """``--time`` and ``--txid``, of which one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--time",
+        metavar="T",
+        help="the newest state written before that time: 2026-11-22T10:00:00Z, '5 minutes ago', yesterday",
+    )
+    group.add_argument("--txid", type=txid, metavar="N", help="the state right after that transaction (16 hex digits)")
+
+
+def moment(args: argparse.Namespace) -> Moment | None:
+    """The moment that the command line names; None: the newest state. Raises `UsageError`."""
+    if args.txid is not None:
+        return AtTXID(args.txid)
+    if args.time is None or args.time.strip().lower() == "latest":
+        return None
+    try:
+        return AtTime(parse_time(args.time, time.time_ns() // 1_000_000))
+    except ConfigError as exc:
+        raise UsageError(f"--time: {exc}") from exc
 
 
 def add_level(parser: argparse.ArgumentParser, what: str) -> None:

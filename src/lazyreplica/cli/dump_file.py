@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lazyreplica.cli.arguments import UsageError, add_command, add_json, add_level
+from lazyreplica.cli.arguments import UsageError, add_command, add_json, add_level, is_url, open_replica
 from lazyreplica.cli.listing import TIMEOUT
 from lazyreplica.cli.terminal import format_time, iso_time, print_facts, print_json, print_rows, progress_bar
 from lazyreplica.errors import LTXError, ReplicaError
@@ -20,7 +20,7 @@ from lazyreplica.ltx.frame import FLAG_BLOCK
 from lazyreplica.ltx.header import HEADER_SIZE, Header, Trailer
 from lazyreplica.ltx.index import PageIndex
 from lazyreplica.ltx.name import FileName, format_txid
-from lazyreplica.storage import Store, StoredFile, open_store
+from lazyreplica.storage import Store, StoredFile
 from lazyreplica.verify import decode_into
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
             "lazyreplica dump-file --pages --json 0000000000000001-0000000000000001.ltx",
         ],
     )
-    parser.add_argument("file", metavar="FILE_OR_URL", help="a local file, or a replica: s3://bucket/path, file:///dir")
+    parser.add_argument("file", metavar="FILE_OR_URL", help="a local file, or a replica (with NAME and --level)")
     parser.add_argument("name", metavar="NAME", nargs="?", help="with a replica: the file's name")
     add_level(parser, "with a replica: the file's level")
     parser.add_argument("--pages", action="store_true", help="list all pages")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
 @contextmanager
 def _opened(args: argparse.Namespace, err: Console) -> Iterator[BinaryIO]:
     """The file, here: a replica's is fetched into a temporary one."""
-    if "://" not in args.file:
+    if not is_url(args.file) and (args.name is None or args.level is None):
         if args.name is not None or args.level is not None:
             raise UsageError(f"{args.file!r} is a local file: leave out NAME and --level")
         with Path(args.file).open("rb") as file:
@@ -93,7 +93,7 @@ def _opened(args: argparse.Namespace, err: Console) -> Iterator[BinaryIO]:
             "with a replica give --level and the file's name, such as "
             "--level 0 URL 0000000000000001-0000000000000001.ltx; `lazyreplica ltx` lists them"
         )
-    with closing(open_store(args.file)) as store, tempfile.TemporaryFile() as file:
+    with closing(open_replica(args.file)) as store, tempfile.TemporaryFile() as file:
         _fetch(store, _find(store, args.level, name), file, err)
         yield file
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lazyreplica.cli.arguments import add_command, add_json, add_url
+from lazyreplica.cli.arguments import add_command, add_json, add_url, open_replica
 from lazyreplica.cli.listing import list_files, read_headers
 from lazyreplica.cli.terminal import (
     format_count,
@@ -25,7 +25,7 @@ from lazyreplica.errors import FileVanished
 from lazyreplica.ltx.header import Header
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.plan import Chain, plan
-from lazyreplica.storage import LEVELS, SNAPSHOT_LEVEL, StoredFile, open_store
+from lazyreplica.storage import LEVELS, SNAPSHOT_LEVEL, StoredFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ class _Polling:
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:
-    with closing(open_store(args.url)) as store:
+    with closing(open_replica(args.url)) as store:
         listing = list_files(store, err)
         chain = plan(listing.files)
         oldest = _oldest(listing.files)

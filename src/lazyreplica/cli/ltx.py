@@ -6,12 +6,12 @@ import argparse
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from lazyreplica.cli.arguments import add_command, add_json, add_level, add_url
+from lazyreplica.cli.arguments import add_command, add_json, add_level, add_url, open_replica
 from lazyreplica.cli.listing import list_files, read_headers
 from lazyreplica.cli.terminal import format_size, format_time, iso_time, print_json, print_rows
 from lazyreplica.ltx.header import Header
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.storage import StoredFile, open_store
+from lazyreplica.storage import StoredFile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:
-    with closing(open_store(args.url)) as store:
+    with closing(open_replica(args.url)) as store:
         files = [file for file in list_files(store, err).files if args.level in (None, file.level)]
         headers = read_headers(store, files, err) if args.headers else {}
     if args.headers:

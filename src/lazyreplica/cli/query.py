@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import apsw
 
-import lazyreplica
-from lazyreplica.cli.arguments import add_command, add_json, add_options, add_url, options
+from lazyreplica.cli.arguments import add_command, add_json, add_moment, add_options, add_url, connect
 from lazyreplica.cli.terminal import print_json, progress_bar
 from lazyreplica.results import as_objects, print_tables, print_tabs
 from lazyreplica.results import run as run_sql
@@ -31,17 +30,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Run SQL against a replica and print its rows, while the replica is hydrated.",
         examples=[
             "lazyreplica query s3://bucket/app 'select count(*) from users'",
+            "lazyreplica query --txid 1 app.db 'select count(*) from users'",
             "lazyreplica query --json -o hydrate=no s3://bucket/app 'select * from users limit 3'",
         ],
     )
     add_url(parser)
     parser.add_argument("sql", metavar="SQL", help="one statement or several, separated by semicolons")
+    add_moment(parser)
     add_json(parser, "a JSON array of objects")
     add_options(parser)
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:
-    connection = lazyreplica.connect(args.url, **options(args))
+    connection = connect(args)
     try:
         # Ctrl-C is noticed when Python code runs, which a long query on local pages may not need for minutes.
         connection.set_progress_handler(lambda: False, 50_000)

@@ -11,12 +11,12 @@ from math import ceil
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
-from lazyreplica.cli.arguments import add_command, add_json, add_url, txid
+from lazyreplica.cli.arguments import add_command, add_json, add_url, open_replica, txid
 from lazyreplica.cli.listing import list_files, read_headers
 from lazyreplica.cli.terminal import format_count, format_size, format_time, iso_time, print_json
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.plan import Chain, plan
-from lazyreplica.storage import LEVELS, SNAPSHOT_LEVEL, StoredFile, open_store
+from lazyreplica.storage import LEVELS, SNAPSHOT_LEVEL, StoredFile
 from lazyreplica.verify import Hole, find_holes, newest_chain
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:
-    with closing(open_store(args.url)) as store:
+    with closing(open_replica(args.url)) as store:
         files = list_files(store, err).files
         headers = read_headers(store, files, err) if args.headers else {}
     dates = {file: headers[file].timestamp_ms / 1000 if file in headers else file.modified for file in files}

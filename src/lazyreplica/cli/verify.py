@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import apsw
 
-from lazyreplica.cli.arguments import UsageError, add_command, add_json, add_url
+from lazyreplica.cli.arguments import UsageError, add_command, add_json, add_url, open_replica
 from lazyreplica.cli.primary import Compared, compare
 from lazyreplica.cli.terminal import (
     format_count,
@@ -23,7 +23,7 @@ from lazyreplica.cli.terminal import (
     progress_bar,
 )
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.storage import Store, open_store
+from lazyreplica.storage import Store
 from lazyreplica.verify import Problem, ReplicaChecked, verify
 
 if TYPE_CHECKING:
@@ -81,7 +81,10 @@ def run(args: argparse.Namespace, out: Console, err: Console) -> int:
     if args.against is not None and not Path(args.against).is_file():
         raise UsageError(f"--against: {args.against!r} is not a file; name the primary's SQLite database")
     needs_state = args.against is not None or not args.no_integrity_check
-    with closing(open_store(args.url)) as store, tempfile.TemporaryDirectory(prefix="lazyreplica-verify-") as directory:
+    with (
+        closing(open_replica(args.url)) as store,
+        tempfile.TemporaryDirectory(prefix="lazyreplica-verify-") as directory,
+    ):
         path = Path(directory) / "newest.db"
         with path.open("x+b", buffering=0) as state:
             checked = _read(store, state if needs_state else None, err)
