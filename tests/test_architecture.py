@@ -16,6 +16,8 @@ ORDER = [
     "results",
     "verify",
     "publish",
+    "restore",
+    "unfinished",
     "registry",
     "export",
     "naming",

@@ -58,10 +58,7 @@ def origin_of(lineage: Lineage) -> Lineage:
 
 
 class History:
-    """Finds and opens states of the past. Thread-safe.
-
-    Remembers the time in the header of each file that it has looked at, as long as that file is there.
-    """
+    """Finds and opens states of the past. Thread-safe."""
 
     def __init__(
         self,
@@ -79,11 +76,7 @@ class History:
         self._layers = layers
         self._poll = poll
         self._known = known
-        self._timeout = timeout
-        self._lock = threading.Lock()
-        """Held while headers are read: who asks for nearly the same moment finds them read."""
-        self._times: dict[StoredFile, int] = {}
-        """Milliseconds since the Unix epoch, from headers."""
+        self._planner = PastPlanner(store, layers, timeout)
 
     def at(self, moment: Moment, head: Snapshot) -> Snapshot:
         """The snapshot of that moment. `head` is the newest known.
@@ -92,7 +85,7 @@ class History:
         `StoreError`, `LTXError`, `ReplicaDamaged`.
         """
         if isinstance(moment, AtTime):
-            self._refuse_future(moment)
+            _refuse_future(moment)
             listed = moment.ms > head.timestamp_ms
         else:
             listed = moment.txid > head.txid
@@ -103,9 +96,7 @@ class History:
                 self._poll()
             lineage, files = self._known()
             try:
-                with self._lock:
-                    chain = self._chain(moment, files)
-                layers = self._layers.open_chain(chain)
+                layers = self._layers.open_chain(self._planner.chain(moment, files))
             except (FileVanished, ReplicaGap, NoSuchState) as exc:
                 if attempt == _ATTEMPTS or (listed and not isinstance(exc, FileVanished)):
                     raise
@@ -120,15 +111,33 @@ class History:
             return stack_snapshot(layers, PastLineage.of(lineage))
         raise AssertionError("unreachable")
 
-    def _refuse_future(self, moment: AtTime) -> None:
-        present = time.time_ns() // 1_000_000
-        if moment.ms > present:
-            raise NoSuchState(
-                f"{format_ms(moment.ms)} is in the future: it is {format_ms(present)}; 'latest' follows what comes"
-            )
 
-    def _chain(self, moment: Moment, files: Files) -> Chain:
-        return self._chain_at(moment, files) if isinstance(moment, AtTXID) else self._chain_before(moment, files)
+class PastPlanner:
+    """Which of the files of a replica make a state of the past. Thread-safe.
+
+    Remembers the time in the header of each file that it has looked at, as long as that file is there.
+    """
+
+    def __init__(self, store: Store, layers: Layers, timeout: float) -> None:
+        """`timeout`: seconds for each round of requests."""
+        self._store = store
+        self._layers = layers
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        """Held while headers are read: who asks for nearly the same moment finds them read."""
+        self._times: dict[StoredFile, int] = {}
+        """Milliseconds since the Unix epoch, from headers."""
+
+    def chain(self, moment: Moment, files: Files) -> Chain:
+        """The chain of `moment`, out of `files`, which are in order of level and name.
+
+        Raises `NoSuchState`, `ReplicaGap`, `StoreError`, `LTXError`, `ReplicaDamaged`.
+        """
+        with self._lock:
+            if isinstance(moment, AtTXID):
+                return self._chain_at(moment, files)
+            _refuse_future(moment)
+            return self._chain_before(moment, files)
 
     def _chain_at(self, moment: AtTXID, files: Files) -> Chain:
         below = reach(files, moment.txid)
@@ -222,6 +231,14 @@ class History:
 
     def _remember(self, headers: dict[StoredFile, Header]) -> None:
         self._times.update((file, header.timestamp_ms) for file, header in headers.items())
+
+
+def _refuse_future(moment: AtTime) -> None:
+    present = time.time_ns() // 1_000_000
+    if moment.ms > present:
+        raise NoSuchState(
+            f"{format_ms(moment.ms)} is in the future: it is {format_ms(present)}; 'latest' follows what comes"
+        )
 
 
 def _header(file: StoredFile, data: bytes, url: str) -> Header:

@@ -77,7 +77,8 @@ class Arrival:
 class Layers:
     """The opened files of one replica. Thread-safe; a file in use is opened once and shared."""
 
-    def __init__(self, store: Store, timeout: float) -> None:
+    def __init__(self, store: Store, timeout: float, keep: int | None = None) -> None:
+        """`timeout` in seconds for a request; `keep`: bytes of whole files that stay in memory (None: `KEEP_TOTAL`)."""
         self._store = store
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -85,7 +86,7 @@ class Layers:
         self._unverified: WeakSet[Layer] = WeakSet()
         """Increments that were opened by head and tail."""
         self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
-        self.extents = Extents(KEEP_TOTAL, PASSING_TOTAL)
+        self.extents = Extents(KEEP_TOTAL if keep is None else keep, PASSING_TOTAL)
 
     def headers(self, files: Iterable[StoredFile]) -> dict[StoredFile, Header]:
         """The headers of those files that are open."""

@@ -51,7 +51,7 @@ def open_newest(store: Store, layers: Layers, readahead: Readahead, timeout: flo
     """
     for attempt in range(1, _ATTEMPTS + 1):
         start = now()
-        files = _list(store, timeout)
+        files = list_files(store, timeout)
         far = now() - start > FAR
         asking = partial(_ask_for_roots, layers, readahead) if far else None
         try:
@@ -81,7 +81,11 @@ def _verify(layers: Layers, chain: list[Layer], url: str) -> None:
             raise LTXError(f"{layer} of {url} is damaged: {damage}; a new snapshot by the primary replaces it")
 
 
-def _list(store: Store, timeout: float) -> tuple[StoredFile, ...]:
+def list_files(store: Store, timeout: float) -> tuple[StoredFile, ...]:
+    """All files of a replica; meanwhile connections are made for what is asked next.
+
+    Raises `StoreError`, `EmptyReplica`, `LegacyLayout`, `ReplicaDamaged` where there is nothing to read.
+    """
     with contextlib.ExitStack() as ending:
         if store.parallel > 1:
             from concurrent.futures import ThreadPoolExecutor  # a store near by needs none
