@@ -148,6 +148,8 @@ class Unfinished:
         """Leave what is here for whoever goes on."""
         self.base = None
         if self._lock >= 0:
+            if not (self.path / _STATE).exists():
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
         self._lock = -1
 
