@@ -16,8 +16,10 @@ ORDER = [
     "results",
     "verify",
     "publish",
+    "standby",
     "restore",
     "unfinished",
+    "rollback",
     "registry",
     "export",
     "naming",
@@ -56,6 +58,7 @@ ORDER = [
     "events",
     "config",
     "moments",
+    "dbheader",
     "clock",
     "errors",
 ]

@@ -84,3 +84,11 @@ class PublishRefused(LazyReplicaError):
 
 class WaitTimeout(LazyReplicaError, TimeoutError):
     """The replica did not reach a TXID in time."""
+
+
+class DatabaseChanged(LazyReplicaError):
+    """A database file that is kept up to date was changed or replaced by another program."""
+
+
+class DatabaseBusy(LazyReplicaError):
+    """A database file cannot be brought up to date now: others read it in transactions that do not end."""

@@ -17,7 +17,7 @@ from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreEr
 from lazyreplica.filling import Filler, Stopped, Wanted, pages_of, share_out
 from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
-from lazyreplica.local.continuation import Continuation, continuation
+from lazyreplica.local.continuation import continuation, leads_on
 from lazyreplica.local.copy import LocalCopy
 from lazyreplica.local.state import Proof
 from lazyreplica.ltx.name import format_txid
@@ -199,7 +199,7 @@ class Hydrator:
         with self.local.guard:
             if self._head.current is not head or self.local.copy is not copy:
                 return
-            if found is None or not _leads_on(found, chain, copy):
+            if found is None or not leads_on(found, chain, copy.txid):
                 log.info("the local copy of %s does not lead to its newest state: made anew", self._store.url)
                 self._restart(head)
                 return
@@ -376,14 +376,3 @@ class Hydrator:
     def abandon(self) -> None:
         """In a forked child: the copy and the thread are the parent's."""
         self.local.abandon()
-
-
-def _leads_on(found: Continuation, chain: list[Layer], copy: LocalCopy) -> bool:
-    """Whether the chain, opened, brings the copy to the head's state, whatever it could have wrong until now."""
-    if not found.chain:
-        return found.proven == copy.txid
-    if found.unproven is None:
-        return False
-    held = {pgno for layer in chain for pgno in layer.index.pgnos} if found.unproven else set()
-    commit = chain[-1].header.commit
-    return all(pgno in held or pgno > commit for pgno in found.unproven)

@@ -16,12 +16,14 @@ from lazyreplica.bulk import BulkFile, BulkJob, BulkLoader, Event, Failed, FileD
 from lazyreplica.bulkloader import Loader
 from lazyreplica.bulkpieces import PieceReader
 from lazyreplica.errors import ConfigError, EmptyReplica, FileVanished, LTXError, ReplicaGap
-from lazyreplica.filling import Wanted, pages_of, share_out, write
+from lazyreplica.filling import CHUNK, Wanted, pages_of, share_out, write
 from lazyreplica.history import PastPlanner
 from lazyreplica.layers import Layers
 from lazyreplica.local.base import Base
+from lazyreplica.ltx.decoder import StreamDecoder
 from lazyreplica.moments import Moment
 from lazyreplica.opening import list_files
+from lazyreplica.pagemap import Layer
 from lazyreplica.plan import Chain, plan
 from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
 from lazyreplica.storage import Store, StoredFile
@@ -100,9 +102,7 @@ class Restorer:
             try:
                 layers = self.layers.open_chain(self._plan(moment))
                 snapshot = stack_snapshot(layers, Lineage())
-                shares = share_out(snapshot, _all_pages(snapshot))
-                base = unfinished.prepare(self.store.url, snapshot, shares)
-                self._fill(base, shares, unfinished, progress)
+                self.load(snapshot, unfinished, progress)
             except WorkerLost as exc:
                 log.warning("%s; loading in this process", exc)
                 self._bulk_url = None
@@ -114,6 +114,27 @@ class Restorer:
                 log.info("planning %s again: %s", self.store.url, exc)
             else:
                 return snapshot
+
+    def load(self, snapshot: Snapshot, unfinished: Unfinished, progress: OnProgress) -> Base:
+        """Bring every page of that state. Raises `FileVanished`, `WorkerLost`, `StoreError`, `LTXError`, `OSError`."""
+        shares = share_out(snapshot, _all_pages(snapshot))
+        base = unfinished.prepare(self.store.url, snapshot, shares)
+        self._fill(base, shares, unfinished, progress)
+        return base
+
+    def pages(self, layer: Layer, data: bytes | None) -> Iterator[tuple[int, bytes]]:
+        """All pages of a file, in order, verified when the iterator ends; `data`: the file, if it is here.
+
+        Raises `StoreError`, `LTXError`.
+        """
+        if data is not None:
+            yield from pages_of(data, layer, layer.index.pgnos)
+            return
+        decoder, file = StreamDecoder(), layer.file
+        for offset in range(0, file.size, CHUNK):
+            length = min(CHUNK, file.size - offset)
+            yield from decoder.feed(self.store.read(file, offset, length, self._timeout))
+        decoder.close()
 
     def _plan(self, moment: Moment | None) -> Chain:
         self.files = list_files(self.store, self._timeout)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from lazyreplica.errors import ReplicaGap
 from lazyreplica.local.state import Proof
+from lazyreplica.pagemap import Layer
 from lazyreplica.plan import Chain, extend
 from lazyreplica.storage import SNAPSHOT_LEVEL, StoredFile
 
@@ -80,3 +81,14 @@ def _proven(
         if alike(file, by_end[file.name.max_txid]):
             return file.name.max_txid
     return best
+
+
+def leads_on(found: Continuation, chain: Sequence[Layer], txid: int) -> bool:
+    """Whether its chain, opened, leads from the copy at `txid` to the listing's state, whatever the copy has wrong."""
+    if not found.chain:
+        return found.proven == txid
+    if found.unproven is None:
+        return False
+    held = {pgno for layer in chain for pgno in layer.index.pgnos} if found.unproven else set()
+    commit = chain[-1].header.commit
+    return all(pgno in held or pgno > commit for pgno in found.unproven)
