@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark import report
+from benchmark import figures, report
 from benchmark.contenders import NAMES
 from benchmark.data import FULL, QUICK, Dataset, dataset
+from benchmark.figures import Figure
+from benchmark.local import SCENES, scene
 from benchmark.proxy import Link, Proxy
 from benchmark.run import Bench, Result, Run, Skip, judge, machine, summarize
 from benchmark.workloads import GROUPS, Step, Workload
@@ -33,9 +35,10 @@ def main() -> int:
 
     size = QUICK if given.quick else FULL
     CACHE.mkdir(parents=True, exist_ok=True)
-    names = dict.fromkeys(GROUPS[group][0] for group in given.only)
+    groups = [name for name in given.only if name in GROUPS]
+    names = dict.fromkeys("big" if name in SCENES else GROUPS[name][0] for name in given.only)
     sets = {name: dataset(name, size, CACHE, say) for name in names}
-    workloads = [workload for group in given.only for workload in GROUPS[group][1](sets[GROUPS[group][0]])]
+    workloads = [workload for group in groups for workload in GROUPS[group][1](sets[GROUPS[group][0]])]
     facts: dict[str, Any] = {
         "machine": machine(),
         "options": {
@@ -60,14 +63,40 @@ def main() -> int:
         for data in sets.values():
             bench.upload(data)
         results: Run = []
+        found: list[Figure] = []
+        problems: list[str] = []
         for rtt in given.rtt:
             link = Link(rtt / 1e3, given.cap * 1e6 if rtt and given.cap else None)
             for workload in workloads:
                 say(f"RTT {rtt:g} ms: {workload.name}")
                 results += _measure(bench, workload, sets[workload.dataset], link, given)
                 if given.json:  # each time: an interrupted run of an hour is not lost
-                    report.save(given.json, facts, results)
-    return _tell(given, facts, workloads, results)
+                    report.save(given.json, facts, results, found)
+            for name in given.only:
+                if name in SCENES and (rtt or SCENES[name].near):
+                    say(f"RTT {rtt:g} ms: {name}")
+                    _play(bench, name, sets["big"], link, given, found, problems)
+                    if given.json:
+                        report.save(given.json, facts, results, found)
+    return _tell(given, facts, workloads, results, found, problems)
+
+
+def _play(
+    bench: Bench,
+    name: str,
+    big: Dataset,
+    link: Link,
+    given: argparse.Namespace,
+    found: list[Figure],
+    problems: list[str],
+) -> None:
+    """One scene; appends to `found` and `problems`."""
+    bench.link(link)
+    effort = scene.QUICK if given.quick else scene.FULL
+    setting = scene.Setting(name, bench, big, link, given.contenders, effort, given.timeout, scene.truth(big))
+    SCENES[name].play(setting)
+    found += setting.figures
+    problems += setting.problems
 
 
 def _sweep() -> None:
@@ -103,7 +132,14 @@ def _skip(contender: str, link: Link, given: argparse.Namespace) -> Skip:
     return skip
 
 
-def _tell(given: argparse.Namespace, facts: dict[str, Any], workloads: list[Workload], results: list[Result]) -> int:
+def _tell(
+    given: argparse.Namespace,
+    facts: dict[str, Any],
+    workloads: list[Workload],
+    results: list[Result],
+    found: list[Figure],
+    problems: list[str],
+) -> int:
     table = report.Table(results)
     contenders = [name for name in NAMES if name in given.contenders]
     about = facts["machine"]
@@ -111,20 +147,24 @@ def _tell(given: argparse.Namespace, facts: dict[str, Any], workloads: list[Work
     where = f"{about['cpus']} CPUs ({about['cpu']}), Python {about['python']}"
     caption = f"{where}; {versions}; code {facts['code']}; {about['time']}"
     print(f"{caption}\n\nMedian of {given.repeat}. Memory: anonymous, above what the imports take; MB: received.")
-    for rtt in table.rtts:
+    for rtt in sorted({*table.rtts, *(figure.rtt for figure in found)}):
         cap = given.cap if rtt else 0
         goals = rtt == report.GOAL_RTT and cap * 1e6 == report.GOAL_CAP and not given.quick and "us" in contenders
         limit = f", {cap:g} MB/s a connection" if cap else ""
         print(f"\n### RTT {rtt * 1e3:g} ms{limit}\n")
-        print(report.rtt_table(table, workloads, rtt, contenders, goals))
+        if workloads:
+            print(report.rtt_table(table, workloads, rtt, contenders, goals))
+        rows = figures.table(found, rtt, contenders)
+        if len(rows) > 1:
+            print(f"\n{report.markdown(rows)}")
         together = report.at_once(table, workloads, rtt, contenders, goals)
         if together:
             print(f"\n{together}")
     if given.baseline:
         print(f"\n{report.against(results, facts['data'], given.baseline)}")
-    if given.picture:
+    if given.picture and workloads:
         report.picture(given.picture, table, workloads, contenders, caption)
-    bad = report.problems(results)
+    bad = report.problems(results) + problems
     if bad:
         print("\n" + "\n".join(bad), file=sys.stderr)
     # The peer's failures are findings; ours, and native's, are ours to mend.
@@ -156,7 +196,8 @@ def _arguments() -> argparse.Namespace:
     add("--rtt", type=numbers, default=[0.0, 20.0], metavar="MS,..", help="round trips in ms (0,20)")
     add("--cap", type=float, default=60.0, metavar="MB/S", help="of each connection, where RTT > 0; 0: none (60)")
     add("--repeat", type=int, default=1, metavar="N", help="runs, of which the medians are shown (1)")
-    add("--only", type=names(GROUPS), default=list(GROUPS), metavar="NAME,..", help=f"of {', '.join(GROUPS)}")
+    known = [*GROUPS, *SCENES]
+    add("--only", type=names(known), default=known, metavar="NAME,..", help=f"of {', '.join(known)}")
     add("--contenders", type=names(NAMES), default=list(NAMES), metavar="NAME,..", help=f"of {', '.join(NAMES)}")
     add("--prefetch", default="all", metavar="NAME,..", help="our option of that name: what a technique gives alone")
     add("--timeout", type=float, default=None, metavar="S", help="of one step (180; with --full 1800)")

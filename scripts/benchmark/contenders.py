@@ -28,7 +28,7 @@ class Contender(Protocol):
 
 
 class Native:
-    """SQLite on the restored file."""
+    """SQLite on the restored file, as an application opens it: in WAL mode, read-write, with WAL's read locks."""
 
     def __init__(self, target: dict[str, Any]) -> None:
         self._path = target["database"]
@@ -39,7 +39,9 @@ class Native:
     def connect(self) -> apsw.Connection:
         import apsw
 
-        return apsw.Connection(self._path, flags=apsw.SQLITE_OPEN_READONLY, vfs="unix")
+        connection = apsw.Connection(self._path, flags=apsw.SQLITE_OPEN_READWRITE, vfs="unix")
+        assert connection.pragma("journal_mode") == "wal", "the restored file is in WAL mode"
+        return connection
 
 
 class Us:
@@ -48,6 +50,8 @@ class Us:
         self._options: dict[str, object] = {"hydrate": target["hydrate"]}
         if target["hydrate"]:
             self._options |= {"hydrate_max": 1 << 40, "hydration_path": target["hydration_path"]}
+        if "poll_interval" in target:
+            self._options["poll_interval"] = target["poll_interval"]
 
     def load(self) -> None:
         import lazyreplica

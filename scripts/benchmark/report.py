@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmark.figures import Figure
 from benchmark.run import Result
 from benchmark.workloads import Reach, Workload
 
@@ -206,9 +207,10 @@ def load(document: dict[str, Any]) -> list[Result]:
     return [Result(**row) for row in document["results"]]
 
 
-def save(path: Path, facts: dict[str, Any], results: Sequence[Result]) -> None:
+def save(path: Path, facts: dict[str, Any], results: Sequence[Result], figures: Sequence[Figure] = ()) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+    document = {**facts, "results": [asdict(r) for r in results], "figures": [asdict(f) for f in figures]}
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 # Picture

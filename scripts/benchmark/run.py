@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import queue
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,20 +13,18 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import IO, Any, cast
+from typing import Any, cast
 
 from benchmark.contenders import clean_environment, environment
 from benchmark.data import Dataset
+from benchmark.process import Worker, running
 from benchmark.proxy import Link, Proxy
 from benchmark.worker import digest
 from benchmark.workloads import Step, Workload
 from lazyreplica.ltx import HEADER_SIZE, Header
-from support.process import tail
 from support.servers import S3Server
 
 PROJECT = Path(__file__).resolve().parents[2]
-_SAMPLE_EVERY = 0.02
-_END_TIMEOUT = 20.0
 
 Say = Callable[[str], None]
 
@@ -94,18 +87,23 @@ class Bench:
         self._bucket = server.new_bucket()
         self._client = server.client()
 
-    def upload(self, dataset: Dataset) -> None:
-        """Put the replica into the bucket as Litestream lays it out there, and read it once, to warm the server."""
+    @property
+    def server(self) -> S3Server:
+        return self._server
+
+    def upload(self, dataset: Dataset, prefix: str = "") -> None:
+        """Put the replica into the bucket as Litestream lays it out there, and read it once, to warm the server.
+
+        `prefix`: where, instead of below the data set's name.
+        """
         self._say(
             f"uploading {dataset.name}: {dataset.facts['files']} files, {dataset.facts['ltx_bytes'] / 1e6:.0f} MB"
         )
         for level, path in dataset.files:
-            key = f"{dataset.name}/{level:04x}/{path.name}"
             with path.open("rb") as body:
-                moment = datetime.fromtimestamp(Header.parse(body.read(HEADER_SIZE)).timestamp_ms / 1e3, UTC)
+                header = Header.parse(body.read(HEADER_SIZE))
                 body.seek(0)
-                metadata = {"litestream-timestamp": moment.isoformat().replace("+00:00", "Z")}
-                self._client.put_object(Bucket=self._bucket, Key=key, Body=body, Metadata=metadata)
+                key = self.put(prefix or dataset.name, level, header, body)
             for _ in self._client.get_object(Bucket=self._bucket, Key=key)["Body"].iter_chunks(1 << 20):
                 pass
         if dataset.database is not None:
@@ -113,21 +111,59 @@ class Bench:
                 while file.read(1 << 20):
                     pass
 
+    def put(self, prefix: str, level: int, header: Header, body: Any) -> str:
+        """Upload one file, as Litestream does. Returns its key."""
+        key = f"{prefix}/{level:04x}/{header.name}"
+        moment = datetime.fromtimestamp(header.timestamp_ms / 1e3, UTC)
+        metadata = {"litestream-timestamp": moment.isoformat().replace("+00:00", "Z")}
+        self._client.put_object(Bucket=self._bucket, Key=key, Body=body, Metadata=metadata)
+        return key
+
+    def url(self, path: str, *, direct: bool = False) -> str:
+        """Where the replica below `path` is read from, or (`direct`) written to, without a delay."""
+        return self._server.url(self._bucket, path, endpoint=None if direct else self._proxy.endpoint)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A directory, for as long as the block runs."""
+        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
+            yield Path(directory)
+
+    @contextmanager
+    def start(
+        self, contender: str, path: str, directory: Path, database: Path | None = None, **options: object
+    ) -> Iterator[Worker]:
+        """A contender's process over the replica below `path`, ready for steps.
+
+        Its files lie in `directory`. `options`: of the target (see `contenders`).
+        """
+        target = {
+            "contender": contender,
+            "url": self.url(path),
+            "database": str(database),
+            "hydrate": False,
+            "prefetch": self._prefetch,
+            "hydration_path": str(directory / "hydrated.db"),
+            **options,
+        }
+        env = {**clean_environment(), **self._server.env, **environment(contender, target)}
+        with running(target, {**env, "PYTHONPATH": str(self._code)}, directory / "stderr") as worker:
+            yield worker
+
+    def link(self, link: Link) -> None:
+        """How connections behave that are made from now on."""
+        self._proxy.set(link)
+
+    def traffic(self) -> dict[str, int]:
+        """What has passed since the last call."""
+        return self._proxy.take()
+
     def run(self, workload: Workload, contender: str, dataset: Dataset, link: Link, timeout: float, skip: Skip) -> Run:
         """One process, all steps of one workload."""
-        with tempfile.TemporaryDirectory(dir=self._directory) as directory:
-            target = {
-                "contender": contender,
-                "url": self._server.url(self._bucket, dataset.name, endpoint=self._proxy.endpoint),
-                "database": str(dataset.database),
-                "hydrate": workload.hydrate,
-                "prefetch": self._prefetch,
-                "hydration_path": f"{directory}/hydrated.db",
-            }
-            self._proxy.set(link)
-            env = {**clean_environment(), **self._server.env, **environment(contender, target)}
+        self.link(link)
+        with self.scratch() as directory:
             results: list[Result] = []
-            with _worker(target, {**env, "PYTHONPATH": str(self._code)}, Path(directory) / "stderr") as worker:
+            with self.start(contender, dataset.name, directory, dataset.database) as worker:
                 for step in workload.steps:
                     result = Result(workload.name, step.name, contender, link.rtt, "ok")
                     results.append(result)
@@ -138,7 +174,7 @@ class Bench:
                         self._step(worker, step, result, timeout)
             return results
 
-    def _step(self, worker: _Worker, step: Step, result: Result, timeout: float) -> None:
+    def _step(self, worker: Worker, step: Step, result: Result, timeout: float) -> None:
         self._proxy.take()
         worker.memory.reset()
         answer = worker.ask(step, timeout)
@@ -156,147 +192,11 @@ class Bench:
         else:
             for name, value in answer.items():
                 setattr(result, name, value)
-            if step.kind == "hydrate" and result.contender == "native":
-                result.seconds = None  # it has nothing to hydrate
 
 
 Run = list[Result]
 Skip = Callable[[Step], str]
 """Why a step is not to be run; empty: it is."""
-
-
-class _Memory:
-    """Peaks of a process's memory, sampled from outside (Linux; elsewhere nothing is known)."""
-
-    def __init__(self, pid: int) -> None:
-        self._status = Path(f"/proc/{pid}/status")
-        self._clear = Path(f"/proc/{pid}/clear_refs")
-        self._lock = threading.Lock()
-        self._peak = 0
-        self._stop = threading.Event()
-        self._base = self._read("RssAnon")
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-
-    def reset(self) -> None:
-        with suppress(OSError):
-            self._clear.write_text("5")  # the kernel's own peak of RSS starts again
-        with self._lock:
-            self._peak = 0
-
-    def peak(self) -> tuple[int | None, int | None]:
-        """Anonymous memory above the start, and resident memory, since `reset`."""
-        self._look()
-        resident = self._read("VmHWM")
-        if self._base is None:
-            return None, None
-        with self._lock:
-            return max(0, self._peak - self._base), resident
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_EVERY):
-            self._look()
-
-    def _look(self) -> None:
-        now = self._read("RssAnon")
-        with self._lock:
-            self._peak = max(self._peak, now or 0)
-
-    def _read(self, field_name: str) -> int | None:
-        with suppress(OSError):
-            for line in self._status.read_text().splitlines():
-                if line.startswith(f"{field_name}:"):
-                    return int(line.split()[1]) << 10
-        return None
-
-
-class _Worker:
-    """A contender's process. After a timeout or its death, `gone` says so and it takes no more steps."""
-
-    def __init__(self, target: dict[str, Any], env: dict[str, str], log: Path) -> None:
-        self._log = log
-        self.gone = ""
-        self.died = False
-        self._lines: queue.Queue[str] = queue.Queue()
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "benchmark.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=env,
-                cwd=log.parent,
-                text=True,
-            )
-        self._in, out = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        threading.Thread(target=self._listen, args=(out,), daemon=True).start()
-        self._tell(target)
-        if self._answer(60) is None:
-            self.kill()
-            raise RuntimeError(f"{target['contender']} cannot be loaded:\n{tail(log)}")
-        self.memory = _Memory(self._process.pid)
-
-    def ask(self, step: Step, timeout: float) -> dict[str, Any] | None:
-        """The step's result; None when there is none in time, or never will be."""
-        self._tell({"kind": step.kind, "args": step.args})
-        answer = self._answer(timeout)
-        if answer is None:
-            self.died = self._process.poll() is not None
-            how = (
-                f"died with {self._process.returncode}: {tail(self._log, 500)}" if self.died else f"over {timeout:g} s"
-            )
-            self.gone = f"{step.name}: {how}"
-            self.kill()
-        return answer
-
-    def end(self) -> str:
-        """Let it close its connections. Returns what is wrong with how it ended, if anything."""
-        with suppress(OSError):
-            self._in.close()
-        try:
-            status = self._process.wait(_END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return f"had not ended {_END_TIMEOUT:g} s after its last step"
-        finally:
-            self.memory.stop()
-        return "" if status == 0 or self.gone else f"ended with status {status}: {tail(self._log, 500)}"
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def _tell(self, message: object) -> None:
-        with suppress(BrokenPipeError):
-            print(json.dumps(message), file=self._in, flush=True)
-
-    def _listen(self, out: IO[str]) -> None:
-        for line in out:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _answer(self, timeout: float) -> dict[str, Any] | None:
-        try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        return cast(dict[str, Any], json.loads(line)) if line else None
-
-
-@contextmanager
-def _worker(target: dict[str, Any], env: dict[str, str], log: Path) -> Iterator[_Worker]:
-    worker = _Worker(target, env, log)
-    try:
-        yield worker
-        wrong = worker.end()
-        if wrong:
-            print(f"warning: {target['contender']} {wrong}", file=sys.stderr)
-    finally:
-        worker.kill()
 
 
 def judge(results: list[Result], workload: Workload, truth: Run | None) -> None:

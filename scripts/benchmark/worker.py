@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmark.contenders import CONTENDERS
 
@@ -42,15 +42,19 @@ class Session:
         self._contender = CONTENDERS[target["contender"]](target)
         self._contender.load()
         self._connections: list[apsw.Connection] = []
+        self._found: dict[str, Any] = {}
+        """What the step has measured besides its time."""
 
     def run(self, step: dict[str, Any]) -> dict[str, Any]:
         work: Callable[..., Rows] = getattr(self, f"_{step['kind']}")
         modules = set(sys.modules)
+        self._found = {}
         cpu, start = cpu_seconds(), time.perf_counter()
         rows = work(**step["args"])
         seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
         late = sorted(set(sys.modules) - modules)
-        return {"seconds": seconds, "cpu": cpu, "rows": len(rows), "digest": digest(rows), "imported_late": late}
+        answer = {"seconds": seconds, "cpu": cpu, "rows": len(rows), "digest": digest(rows), "imported_late": late}
+        return answer | self._found
 
     def close(self) -> None:
         for connection in self._connections:
@@ -97,12 +101,65 @@ class Session:
             raise errors[0]
         return [row for rows in found for row in rows]
 
-    def _hydrate(self) -> Rows:
-        connection = self._connect()
-        connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
-        if self._target["contender"] != "native":
-            while float(str(connection.pragma("litestream_hydration_progress"))) < 100:
-                time.sleep(0.02)
+    def _progress(self) -> float:
+        """Percent of the database that is local."""
+        if self._target["contender"] == "native":
+            return 100.0
+        return float(str(self._connections[0].pragma("litestream_hydration_progress")))
+
+    def _hydrate(self, until: float = 100.0) -> Rows:
+        """Open, unless a connection is, and wait until so many percent are local."""
+        if not self._connections:
+            connection = self._connect()
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+            # SQLite's defaults, said here because what is compared must have the same.
+            connection.pragma("cache_size", -2000)
+            connection.pragma("mmap_size", 0)
+        while self._progress() < until:
+            time.sleep(0.01)
+        return []
+
+    def _wait(self, seconds: float) -> Rows:
+        time.sleep(seconds)
+        return []
+
+    def _latencies(self, sql: str, keys: list[int], hydrating: bool) -> Rows:
+        """Time each of these point queries, each its own transaction; again and again while the rest hydrates."""
+        execute, clock = self._connections[0].execute, time.perf_counter
+        times: list[float] = []
+        rounds = 0
+        while rounds == 0 or (hydrating and self._progress() < 100):
+            for at, key in enumerate(keys):
+                if hydrating and at % 200 == 0 and self._progress() >= 100:
+                    break
+                start = clock()
+                execute(sql, (key,)).fetchall()
+                times.append(clock() - start)
+            rounds += 1
+        self._found["latencies"] = times
+        return []
+
+    def _arrivals(self, last: int) -> Rows:
+        """When (`time.time`) each transaction up to `last` was first to be seen."""
+        pragma, seen, newest = self._connections[0].pragma, [], 0
+        while newest < last:
+            txid = int(str(pragma("litestream_txid")), 16)
+            if txid > newest:
+                seen.append((txid, time.time()))
+                newest = txid
+            time.sleep(0.005)
+        self._found["arrivals"] = seen
+        return []
+
+    def _ages(self, sql: str, seconds: float) -> Rows:
+        """How old the newest row is, again and again."""
+        execute, end = self._connections[0].execute, time.monotonic() + seconds
+        ages = []
+        while time.monotonic() < end:
+            written = execute(sql).fetchall()[0][0]
+            ages.append(time.time() - cast(float, written))
+            time.sleep(0.01)
+        self._found["ages"] = ages
         return []
 
     def _points(self, sql: str, keys: list[int], one: bool = False) -> Rows:

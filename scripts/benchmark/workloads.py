@@ -11,7 +11,6 @@ from benchmark.data import RANGE, Dataset
 from benchmark.huge import QUERY
 
 RANDOM_POINTS = 100
-LOCAL_POINTS = 20_000
 LIKE = "SELECT count(*), sum(length(bio)), min(id), max(id) FROM users WHERE bio LIKE '%tan%'"
 POINT = "SELECT id, user_id, created, title, body FROM posts WHERE id = ?"
 SCANS = {
@@ -54,7 +53,6 @@ class Workload:
     name: str
     dataset: str
     steps: tuple[Step, ...]
-    hydrate: bool = False
     expected: tuple[list[Any], ...] | None = None
     """Each step's rows where there is no local database to ask."""
 
@@ -126,25 +124,10 @@ def huge(dataset: Dataset) -> list[Workload]:
     return [Workload("huge", "huge", "huge", steps, expected=(rows[:1], rows[1:]))]
 
 
-def hydration(big: Dataset) -> list[Workload]:
-    rng = random.Random(9)
-    keys = [rng.randint(1, big.facts["posts"]) for _ in range(LOCAL_POINTS)]
-    steps = (
-        Step("open + hydrate", "hydrate"),
-        _sql("scan of all posts, local", (SCANS["posts"], ())),
-        _sql("that local scan again", (SCANS["posts"], ())),
-        Step(f"{LOCAL_POINTS:,} random points, a transaction each", "points", {"sql": POINT, "keys": keys}),
-        Step(f"{LOCAL_POINTS:,} random points, one transaction", "points", {"sql": POINT, "keys": keys, "one": True}),
-        Step(f"one point {LOCAL_POINTS:,} times", "points", {"sql": POINT, "keys": keys[:1] * LOCAL_POINTS}),
-    )
-    return [Workload("hydrate", "hydrate", "big", steps, hydrate=True)]
-
-
 GROUPS: dict[str, tuple[str, Callable[[Dataset], list[Workload]]]] = {
     "session": ("social", session),
     "random": ("social", scattered),
     "scans": ("social", scans),
     "huge": ("huge", huge),
-    "hydrate": ("big", hydration),
 }
 """What --only takes -> its data set, and the workloads over it."""

@@ -1,0 +1,55 @@
+"""Point queries on pages that are all local, while the rest of the database is downloaded, and afterwards."""
+
+from __future__ import annotations
+
+import random
+
+from benchmark.figures import Each, Failed, ask, percentile
+from benchmark.local.scene import HYDRATE, Setting
+from benchmark.workloads import POINT, Step
+
+ROWS = 20_000
+"""Whose pages are read first: 6 MB, more than SQLite's own page cache."""
+
+
+def p99(setting: Setting) -> None:
+    """The 99th percentile of a query's time while the rest hydrates, by that with an idle hydrator."""
+    posts = setting.data.facts["posts"]
+    low = posts // 2
+    high = low + min(ROWS, posts // 10)
+    rng = random.Random(11)
+    keys = [rng.randint(low, high) for _ in range(setting.effort.points)]
+    range_sql = "SELECT sum(length(body)) FROM posts WHERE id BETWEEN ? AND ?"
+    steps = (
+        Step("open", "hydrate", {"until": 0.0}),
+        Step("read the range", "sql", {"statements": [(range_sql, (low, high))]}),
+    )
+    for name in setting.contenders:
+        with setting.trying(name), setting.bench.scratch() as directory:
+            start = setting.bench.start(name, "big", directory, setting.data.database, hydrate=name != "native")
+            with start as worker:
+                for step in steps:
+                    ask(worker, step, setting.timeout)
+                busy = ask(worker, _points(keys, hydrating=True), setting.timeout)["latencies"]
+                ask(worker, HYDRATE, setting.timeout)
+                ask(worker, _points(keys[:1000], hydrating=False), setting.timeout)
+                idle = ask(worker, _points(keys, hydrating=False), setting.timeout)["latencies"]
+            if not busy:
+                raise Failed("everything was local before the first query")
+            _tell(setting, name, busy, idle)
+
+
+def _tell(setting: Setting, name: str, busy: Each, idle: Each) -> None:
+    if name != "native":
+        setting.add(name, "queries while hydrating", len(busy))
+        setting.add(name, "p50 while hydrating, us", percentile(busy, 0.5) * 1e6)
+        setting.add(name, "p99 while hydrating, us", percentile(busy, 0.99) * 1e6)
+    setting.add(name, "p50 idle, us", percentile(idle, 0.5) * 1e6)
+    setting.add(name, "p99 idle, us", percentile(idle, 0.99) * 1e6)
+    if name != "native":
+        ratio = percentile(busy, 0.99) / percentile(idle, 0.99)
+        setting.add(name, "p99 while hydrating / idle", ratio, at_most=3)
+
+
+def _points(keys: list[int], *, hydrating: bool) -> Step:
+    return Step("point queries", "latencies", {"sql": POINT, "keys": keys, "hydrating": hydrating})
