@@ -93,7 +93,7 @@ def transactions(database: Path, data: Dataset, first: int, count: int) -> Itera
     rng = random.Random(first)
     wal = database.with_name(f"{database.name}-wal")
     with closing(apsw.Connection(str(database))) as connection:
-        connection.execute("PRAGMA wal_autocheckpoint = 0; PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA wal_autocheckpoint = 0; PRAGMA synchronous = OFF").fetchall()
         (size,) = connection.execute("PRAGMA page_size").fetchone()  # type: ignore[misc]
         start = 32
         for txid in range(first, first + count):

@@ -29,7 +29,7 @@ def age(setting: Setting) -> None:
     with bench.scratch() as directory:
         database = directory / "primary.db"
         with closing(apsw.Connection(str(database))) as connection:
-            connection.execute("PRAGMA journal_mode = WAL; CREATE TABLE beats(written REAL)")
+            connection.execute("PRAGMA journal_mode = WAL; CREATE TABLE beats(written REAL)").fetchall()
             connection.execute("INSERT INTO beats VALUES (?)", (time.time(),))
         prefix = f"age-{setting.link.rtt:g}"
         env = bench.server.env

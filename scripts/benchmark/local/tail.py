@@ -34,7 +34,7 @@ def p99(setting: Setting) -> None:
                 ask(worker, HYDRATE, setting.timeout)
                 ask(worker, _points(keys[:1000], hydrating=False), setting.timeout)
                 idle = ask(worker, _points(keys, hydrating=False), setting.timeout)["latencies"]
-            if not busy:
+            if not busy and name != "native":
                 raise Failed("everything was local before the first query")
             _tell(setting, name, busy, idle)
 
