@@ -107,15 +107,25 @@ class Session:
             return 100.0
         return float(str(self._connections[0].pragma("litestream_hydration_progress")))
 
-    def _hydrate(self, until: float = 100.0) -> Rows:
-        """Open, unless a connection is, and wait until so many percent are local."""
+    def _hydrate(self, until: float = 100.0, patience: float | None = None) -> Rows:
+        """Open, unless a connection is, and wait until so many percent are local.
+
+        Or until that share has not changed for `patience` seconds.
+        """
         if not self._connections:
             connection = self._connect()
             connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
             # SQLite's defaults, said here because what is compared must have the same.
             connection.pragma("cache_size", -2000)
             connection.pragma("mmap_size", 0)
-        while self._progress() < until:
+        before, start = -1.0, time.perf_counter()
+        moved = start
+        while (progress := self._progress()) < until:
+            if progress != before:
+                before, moved = progress, time.perf_counter()
+            elif patience is not None and time.perf_counter() - moved > patience:
+                self._found["seconds"] = moved - start
+                break
             time.sleep(0.01)
         return []
 
