@@ -59,10 +59,12 @@ def ask(worker: Worker, step: Step, timeout: float) -> dict[str, Any]:
     return answer
 
 
-def check(worker: Worker, step: Step, truth: str, timeout: float) -> None:
-    """The step gives the rows with digest `truth`, or `Failed` is raised."""
-    if ask(worker, step, timeout)["digest"] != truth:
+def check(worker: Worker, step: Step, truth: str, timeout: float) -> dict[str, Any]:
+    """The step's result; `Failed` is raised unless its rows have the digest `truth`."""
+    answer = ask(worker, step, timeout)
+    if answer["digest"] != truth:
         raise Failed(f"{step.name}: WRONG rows")
+    return answer
 
 
 def percentile(values: Sequence[float], share: float) -> float:

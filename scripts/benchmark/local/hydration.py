@@ -1,7 +1,7 @@
 """Download a whole database, then read it: the download beside the peer, local reads beside native SQLite.
 
-Local reads take milliseconds: each is done several times, the contenders taking turns, and what is told of them is the
-median of the ratios of neighbours.
+Local reads take milliseconds: each is done several times after a warm-up, we and native SQLite taking turns. What is
+told is the median of the ratios of neighbours. The peer, which takes up to a minute for a step, does each once.
 """
 
 from __future__ import annotations
@@ -83,16 +83,21 @@ def _read(setting: Setting, workers: dict[str, Worker]) -> None:
     )
     for worker in workers.values():  # native opens its file here
         ask(worker, HYDRATE, setting.timeout)
+    gone: set[str] = set()
+    """Contenders that have failed."""
     for step, goal in steps:
         truth = ask(workers["native"], step, setting.timeout)["digest"]
-        for name, worker in workers.items():  # also a warm-up
-            with setting.trying(name):
-                check(worker, step, truth, setting.timeout)
         times: dict[str, Each] = defaultdict(list)
-        for _ in range(effort.repeats):
+        for number in range(effort.repeats + 1):
             for name, worker in workers.items():
+                if name in gone or (name == "peer" and number):
+                    continue
+                gone.add(name)
                 with setting.trying(name):
-                    times[name].append(ask(worker, step, setting.timeout)["seconds"])
+                    seconds = check(worker, step, truth, setting.timeout)["seconds"]
+                    gone.remove(name)
+                    if number or name == "peer":
+                        times[name].append(seconds)
         for name, each in times.items():
             if name in setting.contenders:
                 setting.add(name, f"{step.name}, ms", [seconds * 1e3 for seconds in each])
