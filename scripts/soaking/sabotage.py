@@ -18,14 +18,15 @@ def install(kind: str) -> None:
     rng = random.Random(1)
     original = Replica.read
 
-    def read(self: Replica, snapshot: Any, pgno: int, reader: Any) -> bytes:
+    def read(self: Replica, snapshot: Any, pgno: int, reader: Any, is_off: Any = None) -> bytes:
         if kind == TXID:
             head = self.head
-            return original(self, head if pgno <= head.commit else snapshot, pgno, reader)
-        page = original(self, snapshot, pgno, reader)
+            return original(self, head if pgno <= head.commit else snapshot, pgno, reader, is_off)
+        page = original(self, snapshot, pgno, reader, is_off)
         if pgno > 1 and rng.random() < 0.01:
             middle = len(page) // 2
             return page[:middle] + bytes([page[middle] ^ 0x55]) + page[middle + 1 :]
         return page
 
-    Replica.read = read  # type: ignore[method-assign]
+    Replica.read = read  # type: ignore[method-assign, assignment]
+    Replica.view = lambda self, snapshot: None  # type: ignore[method-assign, assignment]  # else local pages pass us by

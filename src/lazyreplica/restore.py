@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lazyreplica.bulk import BulkFile, BulkJob, BulkLoader, Event, Failed, FileDamaged, FileGone, Progress, WorkerLost
-from lazyreplica.bulkloader import Loader
-from lazyreplica.bulkpieces import PieceReader
+from lazyreplica.bulk.loader import Loader
+from lazyreplica.bulk.pieces import PieceReader
 from lazyreplica.errors import ConfigError, EmptyReplica, FileVanished, LTXError, ReplicaGap
 from lazyreplica.filling import CHUNK, Wanted, pages_of, share_out, write
 from lazyreplica.history import PastPlanner

@@ -23,6 +23,9 @@ class CountingStore:
     def url(self) -> str:
         return self._store.url
 
+    def keys(self) -> dict[str, str]:
+        return self._store.keys()
+
     @property
     def parallel(self) -> int:
         return self._store.parallel
