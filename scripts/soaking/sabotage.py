@@ -28,5 +28,5 @@ def install(kind: str) -> None:
             return page[:middle] + bytes([page[middle] ^ 0x55]) + page[middle + 1 :]
         return page
 
-    Replica.read = read  # type: ignore[method-assign, assignment]
-    Replica.view = lambda self, snapshot: None  # type: ignore[method-assign, assignment]  # else local pages pass us by
+    Replica.read = read  # type: ignore[method-assign]
+    Replica.view = lambda self, snapshot: None  # type: ignore[method-assign]  # else local pages pass us by

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replicas import History, Pages
 
-from lazyreplica.hydrator import _leads_on
-from lazyreplica.local.continuation import continuation
+from lazyreplica.local.continuation import continuation, leads_on
 from lazyreplica.local.copy import LocalCopy
 from lazyreplica.local.state import Proof
 from lazyreplica.pagemap import Layer
@@ -91,7 +90,7 @@ def test_a_listing_that_is_accepted_leads_to_its_own_state(rng: random.Random, a
             self.txid = txid
 
     copy: LocalCopy = Copy()  # type: ignore[assignment]
-    if _leads_on(found, chain, copy):
+    if leads_on(found, chain, copy.txid):
         assert apply(ours.states[txid], chain, theirs) == theirs.states[chain[-1].max_txid if chain else txid]
 
 
