@@ -79,7 +79,9 @@ class CopyMachine(RuleBasedStateMachine):
 
     @rule()
     def build_beside(self) -> None:
+        missing = self.owner.missing()
         old, self.owner = self.owner, self.owner.beside()
+        assert self.owner.missing() == missing
         old.remove()
         assert self.owner.txid == self.history.txid
         assert not self.owner.records
@@ -205,6 +207,14 @@ def test_a_fold_that_a_full_disk_ends_leaves_what_is_right(tmp_path: Path, monke
         assert newest is not None
         assert all(newest.page(p) in (None, page) for p, page in history.states[-1].items())
         assert not again.missing()
+        recovered = LocalCopy(path, state)
+        recovered.recover()
+        assert recovered.view(1) is None or recovered.txid == 1, "an older state may be of two"
+        assert not recovered.missing()
+        for txid in range(1, history.txid + 1):
+            older = again.view(txid)  # of a process that joins the one that has recovered it
+            if older is not None:
+                assert all(older.page(p) in (None, page) for p, page in history.states[txid].items())
         if not failed:
             break
     else:

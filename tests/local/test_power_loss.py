@@ -22,7 +22,7 @@ from replicas import (
     until,
 )
 
-from lazyreplica import attachment, hydrator
+from lazyreplica import attachment, filling, hydrator
 from lazyreplica.local import deltalog, state
 from lazyreplica.local.directory import CopyDirectory
 
@@ -97,6 +97,8 @@ def test_no_part_of_what_was_written_gives_a_wrong_page(
     rng = random.Random(seed)
     monkeypatch.setattr(deltalog, "_GROW", 16 << 10)
     monkeypatch.setattr(hydrator, "FOLD_AT", 4000)
+    monkeypatch.setattr(filling, "CHUNK", 2000)
+    monkeypatch.setattr(filling, "_RUN", 2)
     history, _ = start(directory.path, 24)
     disk = Disk(tmp_path / "disk")
     (tmp_path / "disk" / "local.db.d").mkdir(parents=True)
