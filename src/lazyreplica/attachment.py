@@ -240,10 +240,8 @@ class Attachment:
 
     @property
     def polled_at(self) -> float:
-        """When (`clock.now`) the owner last learned that it has the newest state, which we then learn from it.
-
-        0.0: never in this boot, or we cannot learn it from its copy.
-        """
+        """When (`clock.now`) the owner last learned that it has the newest state; 0.0: never since anybody has used the
+        copy, or we cannot learn that state from it."""
         copy = self.copy
         learnt = copy is not None and self.lineage is not None and copy.txid <= self._head.current.txid
         return self._control.polled_at if learnt else 0.0

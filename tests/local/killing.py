@@ -1,7 +1,7 @@
 """``python killing.py DIRECTORY KILLS SEED``: processes that share a local copy of a changing replica are killed.
 
 One process forks the others, which inherit the truth: all versions of all pages. Two or three live at any time; each
-compares what it sees, and dies at a random moment. Prints what was compared, as JSON, and fails at the first wrong page.
+compares what it sees, and dies at a random moment. Prints what was compared, as JSON; fails at the first wrong page.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from replicas import History, ReplicaDirectory, SpyStore, complete, local_database, opened, until  # noqa: E402
+from replicas import History, ReplicaDirectory, SpyStore, complete, local_database, opened, until
 
-from lazyreplica import filling, hydrator, layers  # noqa: E402
-from lazyreplica.local import deltalog  # noqa: E402
-from lazyreplica.replica import Replica  # noqa: E402
+from lazyreplica import filling, hydrator, layers
+from lazyreplica.local import deltalog
+from lazyreplica.replica import Replica
 
 SIZE = 60
 TRANSACTIONS = 1500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def work(history: History, directory: ReplicaDirectory, target: Path, rng: rando
         with contextlib.ExitStack() as stack:
             replica = stack.enter_context(opened(directory, hydration_path=str(target), **FULL))
             if rng.random() < 0.5:
-                until(lambda replica=replica: complete(replica))
+                until(partial(complete, replica))
             others = CopyDirectory.open(str(target)) if rng.random() < 0.6 else None
             for _ in range(rng.randint(1, 6)):
                 changes(history, rng)
@@ -48,7 +49,7 @@ def work(history: History, directory: ReplicaDirectory, target: Path, rng: rando
                 with pinned(replica) if rng.random() < 0.3 else contextlib.nullcontext():
                     replica.refresh()
                     if rng.random() < 0.5:
-                        until(lambda replica=replica: complete(replica))
+                        until(partial(complete, replica))
                 if others is not None and rng.random() < 0.4:
                     others.abandon()
                     others = None

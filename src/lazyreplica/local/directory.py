@@ -64,8 +64,7 @@ class CopyDirectory:
         path = target.with_name(target.name + ".d")
         if os.path.lexists(target) and not path.is_dir():
             raise _not_ours(target)
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.is_symlink() or _is_strange(path):
+        if (path.is_symlink() and path.exists()) or _is_strange(path):
             raise ConfigError(
                 f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
                 "not lazyreplica's; nothing in it will be touched: name another hydration_path"
@@ -273,7 +272,7 @@ def _open_lock(path: Path) -> int:
 def _is_strange(path: Path) -> bool:
     """Whether the directory is not ours. One look at all names: others may be making it in this moment."""
     try:
-        names = os.listdir(path)  # noqa: PTH208 (at once)
+        names = [entry.name for entry in path.iterdir()]
     except FileNotFoundError:
         return False
     return bool(names) and _USERS not in names and not (path / _USERS).is_file()
@@ -289,8 +288,8 @@ def _use(path: Path, *, kept: bool = False) -> int:
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = _open_lock(path / _USERS)
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
+        except (FileNotFoundError, FileExistsError):
+            if time.monotonic() > deadline or path.is_symlink() or path.is_file():
                 raise
             continue  # it was removed by its last user in this moment
         try:
