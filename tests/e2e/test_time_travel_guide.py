@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,9 +10,8 @@ import apsw
 import pytest
 from e2e_helpers import file_url
 
+from support.guides import run_guide
 from support.litestream import replicating
-
-GUIDE = Path(__file__).parents[2] / "docs" / "time-travel.md"
 
 
 def test_the_guides_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,16 +29,7 @@ def test_the_guides_code_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         litestream.wait_synced()
     primary.close()
 
-    blocks = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
-    names: dict[str, object] = {"URL": file_url(tmp_path / "replica"), "MOMENT": moment}
-    try:
-        for block in blocks:
-            exec(block, names)
-    finally:
-        for value in names.values():
-            if isinstance(value, apsw.Connection):
-                value.close()
+    names = run_guide("time-travel.md", {"URL": file_url(tmp_path / "replica"), "MOMENT": moment}, expect=5)
     assert names["new_or_changed"] == [(1, "paid"), (3, "new")]
     assert names["gone_or_before"] == [(1, "new")]
     past, future, reading = capsys.readouterr().out.splitlines()
