@@ -16,6 +16,7 @@ ORDER = [
     "results",
     "verify",
     "publish",
+    "copies",
     "standby",
     "restore",
     "unfinished",

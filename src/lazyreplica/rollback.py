@@ -59,7 +59,7 @@ class DatabaseFile:
     """A database file in rollback mode that this process alone changes. For one thread."""
 
     def __init__(self, path: Path, page_size: int) -> None:
-        """Undoes what a crash left half done. Raises `OSError`, `DatabaseBusy`."""
+        """Undoes what a crash left half done. Raises `OSError`, `DatabaseBusy`, `DatabaseChanged`."""
         self._path = path
         self._page_size = page_size
         self._journal = path.with_name(f"{path.name}-journal")
@@ -67,7 +67,8 @@ class DatabaseFile:
         try:
             if self._journal.exists():
                 with self._reserved(10), self._exclusive(10):
-                    self._roll_back()
+                    if self._journal.exists():  # or it was that of a writer who has ended meanwhile
+                        self._roll_back()
         except BaseException:
             self.close()
             raise
@@ -237,16 +238,21 @@ class DatabaseFile:
         with self._journal.open("rb") as journal:
             front = journal.read(_SECTOR)
             if len(front) == _SECTOR and front.startswith(_MAGIC):
-                _, count, nonce, before, _, page_size = _HEADER.unpack_from(front)
-                if page_size == size:
-                    for _ in range(count):
-                        record = journal.read(size + 8)
-                        page = record[4:-4]
-                        if len(record) < size + 8 or _checksum(page, nonce) != int.from_bytes(record[-4:]):
-                            break
-                        pwrite_all(self._fd, page, (int.from_bytes(record[:4]) - 1) * size)
-                    os.ftruncate(self._fd, before * size)
-                    os.fsync(self._fd)
+                _, count, nonce, before, sector, page_size = _HEADER.unpack_from(front)
+                length = _SECTOR + count * (size + 8)
+                if (sector, page_size) != (_SECTOR, size) or (count and os.fstat(journal.fileno()).st_size != length):
+                    raise DatabaseChanged(
+                        f"{self._journal} was left by another program: SQLite undoes that when it opens {self._path}; "
+                        "then restore it again with --force"
+                    )
+                for _ in range(count):
+                    record = journal.read(size + 8)
+                    page = record[4:-4]
+                    if _checksum(page, nonce) != int.from_bytes(record[-4:]):
+                        break
+                    pwrite_all(self._fd, page, (int.from_bytes(record[:4]) - 1) * size)
+                os.ftruncate(self._fd, before * size)
+                os.fsync(self._fd)
         self._end_journal()
 
 

@@ -39,7 +39,7 @@ from lazyreplica.restore import Restorer
 from lazyreplica.rollback import Changes, DatabaseFile
 from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
 from lazyreplica.storage import StoredFile
-from lazyreplica.unfinished import Unfinished
+from lazyreplica.unfinished import Unfinished, part_path
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ class Standby:
         Raises `ConfigError` when that is another replica's, `ReplicaError` when it does not lead to the newest state,
         `DatabaseChanged`; `StoreError`, `LTXError`, `OSError`, `DatabaseBusy`.
         """
+        if part_path(output).exists():  # of a process that was killed
+            Unfinished(output).remove()
         state = _read(output)
         if state.url != restorer.store.url:
             raise ConfigError(f"{output} follows {state.url}, not {restorer.store.url}: name another output")
@@ -175,9 +177,13 @@ class Standby:
         try:
             base = self._restorer.load(after, unfinished, _say_nothing)
             self._apply(_Differing(base, self._database, after.commit), _chain(after), self._state.epoch + 1)
+        except LazyReplicaError:
+            unfinished.close()  # what has come is there for the next attempt
+            raise
+        except BaseException:
             unfinished.remove()
-        finally:
-            unfinished.close()
+            raise
+        unfinished.remove()
         self._head.replace(after)
 
     def _apply(self, changes: Changes, layers: Sequence[Layer], epoch: int) -> None:

@@ -67,7 +67,7 @@ class Unfinished:
 
         Raises `ConfigError` for a directory that is not ours, `OSError` when another process restores there now.
         """
-        self.path = output.with_name(f"{output.name}.part")
+        self.path = part_path(output)
         self.path.mkdir(mode=0o700, exist_ok=True)
         if self.path.is_symlink() or (not (self.path / _LOCK).is_file() and any(self.path.iterdir())):
             raise ConfigError(
@@ -152,6 +152,11 @@ class Unfinished:
                 shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
         self._lock = -1
+
+
+def part_path(output: Path) -> Path:
+    """The directory of an unfinished restore to `output`."""
+    return output.with_name(f"{output.name}.part")
 
 
 def _read(directory: Path) -> _State | None:

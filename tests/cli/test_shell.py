@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sysconfig
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli_helpers import Bank, Run
 
+import lazyreplica
+from lazyreplica.cli.shell import ReplicaShell
 from support.data import build_social
 
 SCRIPTS = sysconfig.get_path("scripts")
@@ -38,6 +44,33 @@ def test_completion_offers_commands_and_options(tmp_path: Path) -> None:
     assert complete("lazyreplica tim", tmp_path / "2") == ["timeline"]
     assert complete("lazyreplica timeline --b", tmp_path / "3") == ["--by"]
     assert set(complete("lazyreplica timeline --by ", tmp_path / "4")) == {"txid", "time"}
+
+
+def test_an_sql_shell(bank: Bank, run: Run) -> None:
+    done = run("shell", bank.url, ".mode json", "select count(*) as n from accounts")
+    assert done.status == 0 and json.loads(done.out) == [{"n": 2000}]
+    newest = run("info", "--json", bank.url).json["txid"]
+    assert run("shell", "--txid", newest, bank.url, "pragma litestream_txid").out.strip() == newest
+    arguments = [PROGRAM, "shell", "-o", "hydrate=no", bank.url]
+    done = subprocess.run(
+        arguments, input="select 1 +\n1;\nselect nonsense;\n.exit 3\n", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "2\n") and "nonsense" in done.stderr
+    assert run("shell", "file:///nowhere", "select 1").status == 1
+
+
+def test_a_failing_statement_fails_the_command(bank: Bank, run: Run) -> None:
+    done = run("shell", bank.url, "select nonsense")
+    assert done.status == 1 and "nonsense" in done.err
+
+
+def test_the_shell_knows_our_pragmas_and_where_it_is(bank: Bank) -> None:
+    with closing(lazyreplica.connect(bank.url)) as connection:
+        shell: Any = ReplicaShell(stdin=io.StringIO("select 1;\n"), stdout=io.StringIO(), db=connection)
+        line = "pragma litestream_t"
+        offered = shell.complete_sql(line, "litestream_t", len("pragma "), len(line))
+        assert offered == ["litestream_time", "litestream_time=", "litestream_txid", "litestream_txid="]
+        assert shell._txid() == connection.pragma("litestream_txid").lstrip("0")
 
 
 def test_bash_takes_the_script(run: Run, tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ FUNCTIONS: dict[str, Callable[[Replica, Snapshot], str | float]] = {
 SETTABLE = {"litestream_time": "time", "litestream_txid": "txid"}
 """Pragma -> the kind of moment that it takes as its value."""
 
+PRAGMAS: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(_ANSWERS),
+    **{f"{name}=": ("latest",) for name in SETTABLE},
+}
+"""For completion: names, with = those that can be set; and the values that can be listed."""
+
 
 def answer(replica: Replica, snapshot: Snapshot, name: str, value: str | None) -> str | None:
     """The text that pragma `name` gives, or None if it is not one of ours.

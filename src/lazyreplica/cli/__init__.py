@@ -21,7 +21,10 @@ from lazyreplica.cli.arguments import UsageError
 from lazyreplica.cli.completion import answer_shell
 from lazyreplica.errors import LazyReplicaError
 
-COMMANDS = ("query", "info", "ltx", "timeline", "dump_file", "verify", "restore", "publish", "completion")
+COMMANDS = (
+    *("query", "shell", "info", "ltx", "timeline", "dump_file", "verify"),
+    *("restore", "hydrate", "export", "cache", "publish", "completion"),
+)
 """Modules of this package, in the order in which the help shows them."""
 
 

@@ -86,6 +86,26 @@ class CopyDirectory:
             raise
         return directory
 
+    @staticmethod
+    def find(hydration_path: Path) -> Path | None:
+        """The directory of the copy that appears at `hydration_path`, if there is one that is ours."""
+        path = hydration_path.absolute()
+        path = path.with_name(f"{path.name}.d")
+        return path if path.is_dir() and not path.is_symlink() and (path / _USERS).is_file() else None
+
+    @staticmethod
+    def is_used(path: Path) -> bool:
+        """Whether a process has the copy in that directory open. Raises `OSError`."""
+        fd = os.open(path / _USERS, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        else:
+            return False
+        finally:
+            os.close(fd)
+
     @classmethod
     def _open_private(cls) -> CopyDirectory:
         root = Path(tempfile.gettempdir()) / f"lazyreplica-{os.getuid()}"
