@@ -132,7 +132,7 @@ class Standby:
                 restorer.files = list_files(restorer.store, timeout)
                 try:
                     layers = restorer.layers.open_chain(plan(restorer.files))
-                    state = _catch_up(restorer, output, database, state, layers[-1].max_txid)
+                    caught_up = _catch_up(restorer, output, database, state, layers[-1])
                 except (FileVanished, ReplicaGap):
                     if attempt == _ATTEMPTS:
                         raise
@@ -140,7 +140,15 @@ class Standby:
                     break
         finally:
             database.close()
-        return cls(restorer, output, state, stack_snapshot(layers, Lineage()), timeout)
+        newest = stack_snapshot(layers, Lineage())
+        standby = cls(restorer, output, caught_up or state, newest, timeout)
+        if caught_up is None:
+            try:
+                standby._reload(newest)
+            except BaseException:
+                standby.close()
+                raise
+        return standby
 
     @property
     def txid(self) -> int:
@@ -173,6 +181,11 @@ class Standby:
                 f"{self._restorer.store.url} holds another database now, at TXID {format_txid(after.txid)}: "
                 f"{self._output} stays at TXID {format_txid(self.txid)} of the old one; restore it again with --force"
             )
+        self._reload(after)
+        self._head.replace(after)
+
+    def _reload(self, after: Snapshot) -> None:
+        """Bring the file to a state whatever lies between: by all pages that differ, in one transaction."""
         unfinished = Unfinished(self._output)
         try:
             base = self._restorer.load(after, unfinished, _say_nothing)
@@ -184,7 +197,6 @@ class Standby:
             unfinished.remove()
             raise
         unfinished.remove()
-        self._head.replace(after)
 
     def _apply(self, changes: Changes, layers: Sequence[Layer], epoch: int) -> None:
         self._state = _apply(self._output, self._database, self._state, changes, layers, epoch)
@@ -203,8 +215,13 @@ def _apply(
     return state
 
 
-def _catch_up(restorer: Restorer, output: Path, database: DatabaseFile, state: _State, newest: int) -> _State:
-    """Bring a file that was left for a while to the state of a listing, by one transaction."""
+def _catch_up(restorer: Restorer, output: Path, database: DatabaseFile, state: _State, newest: Layer) -> _State | None:
+    """Bring a file that was left for a while to the state of a listing, by one transaction.
+
+    None if what lies between is not there any more, though the path still has our history.
+    """
+    if newest.header.page_size != state.page_size:
+        raise ReplicaError(f"{restorer.store.url} has another page size now: restore {output} again with --force")
 
     def alike(file: StoredFile, proof: Proof) -> bool:
         try:
@@ -216,21 +233,18 @@ def _catch_up(restorer: Restorer, output: Path, database: DatabaseFile, state: _
 
     found = continuation(state.history, state.txid, restorer.files, alike)
     chain = restorer.layers.open_chain(found.chain) if found else []
-    if (
-        found is None
-        or not leads_on(found, chain, state.txid)
-        or (chain[-1].max_txid if chain else state.txid) != newest
-    ):
+    reached = chain[-1].max_txid if chain else state.txid
+    if found is None or not leads_on(found, chain, state.txid) or reached != newest.max_txid:
+        known = {proof.file for proof in state.history}
+        if newest.max_txid > state.txid and any(file in known for file in restorer.files):
+            return None
         raise ReplicaError(
             f"{output} is at TXID {format_txid(state.txid)}, and {restorer.store.url} does not show how its newest "
-            f"state, TXID {format_txid(newest)}, follows from that: restore it again with --force"
+            f"state, TXID {format_txid(newest.max_txid)}, follows from that: restore it again with --force"
         )
     if not chain:
         return state
-    header = chain[-1].header
-    if header.page_size != state.page_size:
-        raise ReplicaError(f"{restorer.store.url} has another page size now: restore {output} again with --force")
-    with Spool(output.parent, header.page_size, header.commit) as spool:
+    with Spool(output.parent, state.page_size, newest.header.commit) as spool:
         for layer in chain:
             spool.add(restorer.pages(layer, restorer.layers.kept(layer)))
         # What lies between was not seen link by link: the schema may have changed under an equal cookie.

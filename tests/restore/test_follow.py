@@ -90,7 +90,7 @@ def test_readers_never_see_a_torn_state_although_the_follower_is_killed(tmp_path
     database, output = build_bank(tmp_path / "bank.db"), tmp_path / "out.db"
     replica = tmp_path / "replica"
     url, rng = f"file://{replica}", random.Random(3)
-    with replicating(database, replica, levels=["1s", "2s"], snapshot_interval="3s", l0_retention="1s") as litestream:
+    with replicating(database, replica, levels=["1s", "2s"], snapshot_interval="3s", l0_retention="10s") as litestream:
         litestream.wait_synced()
         with bank_writer(database, rate=150, delete_every=0.4, vacuum_every=1.3):
             with following(url, output) as process:

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_json(parser, "a JSON array of objects")
 
 
-def run(args: argparse.Namespace, out: Console, _err: Console) -> int:
+def run(args: argparse.Namespace, out: Console, err: Console) -> int:  # noqa: ARG001 (every command has the two)
     paths = list(args.paths)
     if args.action == "rm":
         if not paths:

@@ -37,7 +37,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_options(parser)
 
 
-def run(args: argparse.Namespace, _out: Console, _err: Console) -> int:
+def run(args: argparse.Namespace, out: Console, err: Console) -> int:  # noqa: ARG001 (every command has the two)
     with closing(connect(args)) as connection:
         shell: Any = ReplicaShell(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr, db=connection)
         try:
@@ -55,8 +55,8 @@ class ReplicaShell(apsw.shell.Shell):
     """APSW's shell; it knows our pragmas, and its prompt shows what is read."""
 
     def __init__(self, **given: Any) -> None:
-        pragmas: Any = apsw.shell.Shell._pragmas
-        self._pragmas = {**pragmas, **PRAGMAS}
+        pragmas: Any = {**apsw.shell.Shell._pragmas, **PRAGMAS}
+        self._pragmas = pragmas
         self._completion_cache = None
         super().__init__(**given)
 
