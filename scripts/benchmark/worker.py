@@ -140,7 +140,7 @@ class Session:
         rounds = 0
         while rounds == 0 or (hydrating and self._progress() < 100):
             for at, key in enumerate(keys):
-                if hydrating and at % 200 == 0 and self._progress() >= 100:
+                if hydrating and at % 100 == 0 and self._progress() >= 100:
                     break
                 start = clock()
                 execute(sql, (key,)).fetchall()

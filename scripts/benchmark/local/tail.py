@@ -10,6 +10,7 @@ from benchmark.workloads import POINT, Step
 
 ROWS = 20_000
 """Whose pages are read first: 6 MB, more than SQLite's own page cache."""
+_PEER_POINTS = 1000
 
 
 def p99(setting: Setting) -> None:
@@ -25,15 +26,17 @@ def p99(setting: Setting) -> None:
         Step("read the range", "sql", {"statements": [(range_sql, (low, high))]}),
     )
     for name in setting.contenders:
+        # The peer takes milliseconds for a local one.
+        some = keys[:_PEER_POINTS] if name == "peer" else keys
         with setting.trying(name), setting.bench.scratch() as directory:
             start = setting.bench.start(name, "big", directory, setting.data.database, hydrate=name != "native")
             with start as worker:
                 for step in steps:
                     ask(worker, step, setting.timeout)
-                busy = ask(worker, _points(keys, hydrating=True), setting.timeout)["latencies"]
+                busy = ask(worker, _points(some, hydrating=True), setting.timeout)["latencies"]
                 ask(worker, HYDRATE, setting.timeout)
-                ask(worker, _points(keys[:1000], hydrating=False), setting.timeout)
-                idle = ask(worker, _points(keys, hydrating=False), setting.timeout)["latencies"]
+                ask(worker, _points(some[:1000], hydrating=False), setting.timeout)
+                idle = ask(worker, _points(some, hydrating=False), setting.timeout)["latencies"]
             if not busy and name != "native":
                 raise Failed("everything was local before the first query")
             _tell(setting, name, busy, idle)
