@@ -11,11 +11,15 @@ import threading
 from collections import OrderedDict
 from enum import Enum, auto
 
+from lazyreplica.clock import now
+
 Data = bytes | memoryview
 EXTENT = 1600
 """Bytes that an extent takes beside its own, and the job that brings it: most of that is what others wait on."""
 FILE = 250
 """The same for a whole file."""
+_STALE = 1.0
+"""Seconds after which what was read ahead, and came, and nobody used, was read ahead in vain."""
 _GRANULE = 18
 """Extents are found by the 256 KiB pieces of their file that they touch."""
 
@@ -33,9 +37,9 @@ class State(Enum):
 class Extent:
     """Bytes start <= offset < end of one layer's file. Owned by `Extents`, which alone changes it."""
 
-    __slots__ = ("ahead", "arrived", "data", "end", "number", "start", "state")
+    __slots__ = ("ahead", "arrived", "data", "end", "number", "owner", "since", "start", "state")
 
-    def __init__(self, number: int, start: int, end: int, state: State) -> None:
+    def __init__(self, number: int, start: int, end: int, state: State, owner: object | None) -> None:
         self.number = number
         """The layer's."""
         self.start = start
@@ -43,6 +47,10 @@ class Extent:
         self.state = state
         self.ahead = 0
         """Pages in it that were announced (see `Extents.announce`) and nobody has read yet."""
+        self.owner = owner
+        """Whose share it takes, until that reader has used it; then None."""
+        self.since = 0.0
+        """When it came."""
         self.data: Data = b""
         self.arrived = threading.Event()
         """Set when it is here, or failed."""
@@ -61,7 +69,11 @@ class Extents:
 
     Two kinds, each bounded in bytes of memory, what surrounds the data included: whole files, least recently used first
     out, which outlive the deletion of the file in the store; and stretches that were read on demand or ahead, those
-    under way included, oldest first out.
+    under way included.
+
+    Of the stretches, those go first that were used, the least recently used in front. What readers have sent for and
+    not used yet has most of the room, in equal shares for those who read: who reads ahead is refused, before he pushes
+    out what another one is about to read.
     """
 
     def __init__(self, whole_total: int, passing_total: int) -> None:
@@ -69,10 +81,17 @@ class Extents:
         self._passing_total = passing_total
         self._whole: OrderedDict[int, bytes] = OrderedDict()
         self._whole_size = 0
-        self._passing: dict[Extent, None] = {}
-        """Oldest first, and so they go: what was read ahead and is not used yet is younger than what was used."""
+        self._used: OrderedDict[Extent, None] = OrderedDict()
+        """Without an owner. Least recently used first, as far as that is told, and so they go."""
+        self._owned: dict[Extent, None] = {}
+        """Oldest first."""
         self._passing_size = 0
         self._flying_size = 0
+        """Of those without an owner."""
+        self._ahead: dict[object, int] = {}
+        """Owner -> bytes of memory of what is theirs."""
+        self._current: dict[object, Extent] = {}
+        """Reader -> the extent that it has used last."""
         self._places: dict[tuple[int, int], list[Extent]] = {}
         self._lock = threading.Lock()
         self.pages_ahead = self.pages_unused = 0
@@ -106,10 +125,59 @@ class Extents:
         """Bytes that all of it takes, what is under way included."""
         return self._whole_size + self._passing_size
 
-    @property
-    def room(self) -> int:
-        """Bytes that may be fetched ahead now: what is under way must not push out what has just come."""
-        return self._passing_total * 3 // 4 - self._flying_size
+    def share(self, owner: object) -> int:
+        """Bytes that `owner` may have sent for and not used yet."""
+        with self._lock:
+            return self._share(owner)
+
+    def _share(self, owner: object) -> int:
+        return self._passing_total * 4 // 5 // (len(self._ahead) + (owner not in self._ahead))
+
+    def room(self, owner: object) -> int:
+        """Bytes that `owner` may send for now."""
+        with self._lock:
+            self._give_up_stale()
+            left = self._passing_total * 4 // 5 - self._flying_size - sum(self._ahead.values())
+            return min(left, self._share(owner) - self._ahead.get(owner, 0))
+
+    def _give_up_stale(self) -> None:
+        """Nobody came for them: a scan was ended, or a guess was wrong."""
+        before = now() - _STALE
+        stale = [each for each in self._owned if each.state is State.HERE and each.since < before]
+        current = set(self._current.values())
+        for extent in stale:
+            if extent not in current:
+                self._disown(extent)
+
+    def use(self, extent: Extent, reader: object) -> None:
+        """The reader has taken a page out of that extent, and is done with the one that it used before. 0.1 us."""
+        before = self._current.get(reader)
+        if before is extent:
+            return
+        with self._lock:
+            if before is not None:
+                self._disown(before)
+            if extent in self._used:
+                self._used.move_to_end(extent)
+            if extent in self._used or extent in self._owned:
+                self._current[reader] = extent
+            else:
+                self._current.pop(reader, None)
+
+    def _disown(self, extent: Extent) -> None:
+        if extent in self._owned and extent.state is State.HERE:
+            self._release(extent)
+            del self._owned[extent]
+            self._used[extent] = None
+
+    def _release(self, extent: Extent) -> None:
+        """It takes nobody's share any more."""
+        owner, extent.owner = extent.owner, None
+        left = self._ahead[owner] - extent.memory
+        if left:
+            self._ahead[owner] = left
+        else:
+            del self._ahead[owner]
 
     def find(self, number: int, start: int, end: int) -> Extent | None:
         """An extent, here or on its way, that has all of start <= offset < end."""
@@ -122,15 +190,25 @@ class Extents:
                 return extent
         return None
 
-    def begin(self, number: int, start: int, end: int, state: State, inner: tuple[int, int]) -> tuple[Extent, bool]:
-        """A new extent for start..end, and True; or the one that covers the range `inner` already, and False."""
+    def begin(
+        self,
+        number: int,
+        start: int,
+        end: int,
+        state: State,
+        inner: tuple[int, int],
+        owner: object | None = None,
+    ) -> tuple[Extent, bool]:
+        """A new extent for start..end, and True; or the one that covers the range `inner` already, and False.
+
+        `owner`: the reader that is going to use it; it counts as his until he has.
+        """
         with self._lock:
             found = self._find(number, *inner)
             if found is not None:
                 return found, False
-            extent = Extent(number, start, end, state)
+            extent = Extent(number, start, end, state, owner)
             self._add(extent)
-            self._flying_size += extent.memory
             self._shrink(extent)
             return extent, True
 
@@ -153,8 +231,9 @@ class Extents:
         """The bytes have come."""
         with self._lock:
             if extent.state is State.FLYING:
-                extent.data, extent.state = data, State.HERE
-                self._flying_size -= extent.memory
+                extent.data, extent.state, extent.since = data, State.HERE, now()
+                if extent.owner is None:
+                    self._flying_size -= extent.memory
                 self._shrink(extent)
         extent.arrived.set()
 
@@ -169,7 +248,7 @@ class Extents:
         if not 0 < len(data) <= self._passing_total - EXTENT:
             return
         with self._lock:
-            extent = Extent(number, start, start + len(data), State.HERE)
+            extent = Extent(number, start, start + len(data), State.HERE, None)
             extent.data = data
             self._add(extent)
             self._shrink(extent)
@@ -180,7 +259,7 @@ class Extents:
             whole = self._whole.pop(number, None)
             if whole is not None:
                 self._whole_size -= len(whole) + FILE
-            gone = [extent for extent in self._passing if extent.number == number]
+            gone = [extent for extent in (*self._used, *self._owned) if extent.number == number]
             for extent in gone:
                 self._remove(extent)
         for extent in gone:
@@ -192,26 +271,36 @@ class Extents:
             self._remove(extent)
 
     def _add(self, extent: Extent) -> None:
-        self._passing[extent] = None
         self._passing_size += extent.memory
+        if extent.owner is None:
+            self._used[extent] = None
+            if extent.state is not State.HERE:
+                self._flying_size += extent.memory
+        else:
+            self._owned[extent] = None
+            self._ahead[extent.owner] = self._ahead.get(extent.owner, 0) + extent.memory
         for granule in range(extent.start >> _GRANULE, (extent.end - 1 >> _GRANULE) + 1):
             self._places.setdefault((extent.number, granule), []).append(extent)
 
     def _shrink(self, newest: Extent) -> None:
         if self._passing_size <= self._passing_total:
             return
-        for extent in [each for each in self._passing if each.state is State.HERE and each is not newest]:
+        for extent in [e for e in (*self._used, *self._owned) if e.state is State.HERE and e is not newest]:
             self._remove(extent)
             if self._passing_size <= self._passing_total:
                 return
 
     def _remove(self, extent: Extent) -> None:
-        if extent not in self._passing:
+        if extent in self._owned:
+            del self._owned[extent]
+            self._release(extent)
+        elif extent in self._used:
+            del self._used[extent]
+            if extent.state is not State.HERE:
+                self._flying_size -= extent.memory
+        else:
             return
-        del self._passing[extent]
         self._passing_size -= extent.memory
-        if extent.state in (State.WAITING, State.FLYING):
-            self._flying_size -= extent.memory
         if extent.state is State.HERE:
             self.pages_unused += extent.ahead
         else:
@@ -220,6 +309,8 @@ class Extents:
         # Who has found it may go on reading its bytes.
         if extent.state is not State.HERE:
             extent.state = State.FAILED
+        for reader in [reader for reader, current in self._current.items() if current is extent]:
+            del self._current[reader]
         for granule in range(extent.start >> _GRANULE, (extent.end - 1 >> _GRANULE) + 1):
             places = self._places[extent.number, granule]
             places.remove(extent)

@@ -111,12 +111,12 @@ class Fetcher:
                     if extent.ahead:
                         extent.ahead -= 1
                     self._ahead(snapshot, further, reader)
-                    return self._decode_from(extent, place)
+                    return self._decode_from(extent, place, reader)
                 if not gone:
                     # Announced, and not here: what was announced with it may have failed too, or been pushed out.
                     further = further or reader.missed()
                     self._counters.misses += 1
-                    return self._decode_from(self._begin(snapshot, place, further, reader), place)
+                    return self._decode_from(self._begin(snapshot, place, further, reader), place, reader)
             except FileVanished as exc:
                 log.info("%s is gone (%s); looking for its pages elsewhere", layer, exc)
             layer = self._relocator.find(snapshot, pgno, layer)
@@ -149,24 +149,32 @@ class Fetcher:
         near, far = [wanted, *places[:_NEAR]], places[_NEAR:]
         mine, *others = join(near, FIRST)
         extent, new = self._extents.begin(
-            wanted.layer.number, mine.start, mine.end, State.WAITING, (wanted.start, wanted.end)
+            wanted.layer.number, mine.start, mine.end, State.WAITING, (wanted.start, wanted.end), reader.token
         )
         if new:
             self._extents.announce(extent, len(mine.places) - 1)
-        self._start(others + join(far, LIMIT), reader)
+        self._start(others + join(far, self._limit(reader)), reader)
         return extent
 
     def _ahead(self, snapshot: Snapshot, pages: Iterable[int], reader: Reader) -> None:
-        if pages:
-            self._start(join(self._places(snapshot, pages), LIMIT), reader)
+        if not pages:
+            return
+        if self._extents.room(reader.token) < FIRST:
+            reader.refused(pages)  # not even worth looking where they are
+        else:
+            self._start(join(self._places(snapshot, pages), self._limit(reader)), reader)
+
+    def _limit(self, reader: Reader) -> int:
+        """Bytes of one request ahead: while one is used up, another is here and a third on its way."""
+        return max(FIRST, min(LIMIT, self._extents.share(reader.token) // 3))
 
     def _start(self, spans: Iterable[Span], reader: Reader) -> None:
         for number, span in enumerate(spans):
-            if number >= _REQUESTS or span.end - span.start + EXTENT > self._extents.room:
+            if number >= _REQUESTS or span.end - span.start + EXTENT > self._extents.room(reader.token):
                 reader.refused(span.pgnos)
                 continue
             extent, new = self._extents.begin(
-                span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end)
+                span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end), reader.token
             )
             if new:
                 self._extents.announce(extent, len(span.places))
@@ -218,11 +226,12 @@ class Fetcher:
 
     # -- bytes to pages --
 
-    def _decode_from(self, extent: Extent, place: Place) -> bytes:
+    def _decode_from(self, extent: Extent, place: Place, reader: Reader) -> bytes:
         """The page; fetched again, alone, when its bytes are damaged or did not come."""
         patience = min(_PATIENCE, self._timeout / 2)
         data = self._bytes_of(extent, place, patience)
         if data is not None:
+            self._extents.use(extent, reader.token)
             try:
                 return place.decode(data, extent.start)
             except LTXError as exc:

@@ -37,9 +37,9 @@ checksum, and a wrong page number in it would let an older page show through. (O
 determined by its neighbours.) When a replica is opened over a network, that follows right after (`verify`)."""
 QUICK_FILE = 512 << 10
 """Larger increments are verified a moment later when a replica is opened over a network: that should not wait."""
-KEEP_TOTAL = 6 << 20
+KEEP_TOTAL = 9 << 20
 """Whatever was fetched whole is kept, up to this many bytes in all; the least recently used files go first."""
-PASSING_TOTAL = 8 << 20
+PASSING_TOTAL = 10 << 20
 """Stretches of larger files stay, up to this many bytes in all, those under way included."""
 ARRIVAL_LIMIT = 8 << 20
 """A new transaction's file up to this many bytes is taken whole with the request that finds it."""

@@ -21,12 +21,13 @@ round trip of 20 ms and the transfer take."""
 _MOST = 2560
 """Pages that a stream is ahead at most, however small they are: each is remembered, in 130 bytes."""
 _START = 8
-_GROWTH = 8
+_GROWTH = 8.0
+_CAREFUL = 1.25
+"""The same, after there was no room for what was announced."""
 _STREAMS = 8
 _UNCLES = 7
 """Interior pages that are sent for together with the next one."""
 _SEEN = 64
-_AGAIN = 64
 _NONE: tuple[int, ...] = ()
 
 
@@ -80,12 +81,13 @@ class _Run(_Listed):
 class _Stream:
     """A sequence that somebody is reading. `left` pages of it were announced and not read yet."""
 
-    __slots__ = ("asked", "back", "last", "left", "source", "window")
+    __slots__ = ("asked", "back", "growth", "last", "left", "source", "window")
 
     def __init__(self, source: _Source, window: int, last: int) -> None:
         self.source = source
         self.window = window
         """How many pages to be ahead."""
+        self.growth = _GROWTH
         self.last = last
         self.left = 0
         self.back: list[int] = []
@@ -99,6 +101,8 @@ class Reader:
 
     def __init__(self, trees: Trees, page_size: int, techniques: frozenset[str]) -> None:
         """`page_size` in bytes."""
+        self.token = object()
+        """Names this reader to those who share out what there is to share."""
         self.trees = self._trees = trees
         """What is known of the database that is read."""
         self._limit = max(_START, min(AHEAD // page_size, _MOST))
@@ -164,18 +168,18 @@ class Reader:
         if isinstance(stream.source, _Run) and self._is_in_tree(pgno):
             self._end(stream)
             return self._begin(pgno)
-        stream.window = min(stream.window * _GROWTH, self._limit)
+        stream.window = min(int(stream.window * stream.growth), self._limit)
         pages = self._announce(stream)
         if not stream.left:
             self._remember(pgno, stream.window)
         return pages
 
     def missed(self) -> Iterable[int]:
-        """The page that is read now was announced, and has not come: what was announced with it and is next, again."""
+        """The page that is read now was announced, and has not come: all that was announced with it, again."""
         stream = self._reading
         if stream is None:
             return _NONE
-        return list(islice((pgno for pgno, owner in self._expected.items() if owner is stream), _AGAIN))
+        return [pgno for pgno, owner in self._expected.items() if owner is stream]
 
     def refused(self, pages: Iterable[int]) -> None:
         """Those announced pages are not fetched ahead after all (no room)."""
@@ -184,6 +188,7 @@ class Reader:
             if stream is not None:
                 stream.left -= 1
                 stream.back.append(pgno)
+                stream.window, stream.growth = max(_START, stream.left), _CAREFUL
 
     def _announce(self, stream: _Stream) -> list[int]:
         wanted = stream.window - stream.left

@@ -18,6 +18,7 @@ from typing import Any
 import apsw
 
 from lazyreplica.config import Options
+from lazyreplica.extents import Extent, State
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, FileName, Header, PageIndex, encode_file
 from lazyreplica.pagemap import Layer, stack
 from lazyreplica.replica import Replica
@@ -346,3 +347,10 @@ def long_replica(directory: ReplicaDirectory) -> History:
     history.commit([7], size=30)
     directory.sync(history)
     return history
+
+
+def flying(replica: Replica) -> list[Extent]:
+    """What counts as under way: for ever, if nobody fetches it any more, and then there would be no room ahead."""
+    extents = replica.layers.extents
+    assert extents._flying_size == sum(e.memory for e in extents._used if e.state is not State.HERE)
+    return [each for each in (*extents._used, *extents._owned) if each.state is not State.HERE]

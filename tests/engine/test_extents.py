@@ -21,6 +21,7 @@ GRANULE = 256 << 10
 T = TypeVar("T")
 
 numbers = st.integers(1, 3)
+readers = st.integers(1, 3)
 starts = st.one_of(
     st.integers(0, 1_200_000), st.builds(lambda n, off: n * GRANULE + off, st.integers(1, 4), st.integers(-3, 3))
 )
@@ -37,49 +38,86 @@ def taken(extents: Iterable[Extent]) -> int:
 
 
 class Machine(RuleBasedStateMachine):
-    """Of stretches the model is a list, oldest first; of whole files one as well, least recently used first."""
+    """Of stretches the model is two lists, in the order in which they go; of whole files one, as well."""
 
     def __init__(self) -> None:
         super().__init__()
         self.extents = Extents(TOTAL, TOTAL)
-        self.live: list[Extent] = []
+        self.used: list[Extent] = []
+        self.owned: list[Extent] = []
+        """Sent for by a reader, and not used up yet."""
+        self.owners: dict[Extent, int] = {}
+        self.current: dict[int, Extent] = {}
         self.gone: list[Extent] = []
         self.whole: list[tuple[int, bytes]] = []
+
+    @property
+    def live(self) -> list[Extent]:
+        return self.used + self.owned
 
     def some(self, which: int, *states: State) -> Extent | None:
         found = [extent for extent in self.live if extent.state in states]
         return found[which % len(found)] if found else None
 
-    def forget(self, extent: Extent, was: State) -> None:
-        self.live.remove(extent)
+    def remove(self, extent: Extent) -> None:
+        (self.owned if extent in self.owned else self.used).remove(extent)
         self.gone.append(extent)
+        self.current = {reader: each for reader, each in self.current.items() if each is not extent}
+
+    def forget(self, extent: Extent, was: State) -> None:
+        self.remove(extent)
         assert extent.state is (State.HERE if was is State.HERE else State.FAILED)
 
     def make_room(self, newest: Extent) -> None:
-        """The oldest that is here goes first; what is under way stays, and so does what has just come."""
+        """What was used goes first; what is under way stays, and so does what has just come."""
         for extent in list(self.live):
             if taken(self.live) <= TOTAL:
                 return
             if extent.state is State.HERE and extent is not newest:
-                self.live.remove(extent)
-                self.gone.append(extent)
+                self.remove(extent)
 
-    @rule(number=numbers, start=starts, size=sizes, before=st.integers(0, 500), after=st.integers(0, 500))
-    def begin(self, number: int, start: int, size: int, before: int, after: int) -> None:
+    @rule(
+        number=numbers,
+        start=starts,
+        size=sizes,
+        before=st.integers(0, 500),
+        after=st.integers(0, 500),
+        owner=st.one_of(st.none(), readers),
+    )
+    def begin(self, number: int, start: int, size: int, before: int, after: int, owner: int | None) -> None:
         inner, outer = (start, start + size), (max(0, start - before), start + size + after)
-        room = self.extents.room
-        extent, new = self.extents.begin(number, *outer, State.WAITING, inner)
+        extent, new = self.extents.begin(number, *outer, State.WAITING, inner, owner)
         covering = [e for e in self.live if e.number == number and e.start <= inner[0] and inner[1] <= e.end]
         assert new == (not covering)
         if new:
             assert (extent.number, extent.start, extent.end, extent.state) == (number, *outer, State.WAITING)
             assert not extent.arrived.is_set()
-            assert self.extents.room == room - taken([extent])
-            self.live.append(extent)
+            if owner is None:
+                self.used.append(extent)
+            else:
+                self.owned.append(extent)
+                self.owners[extent] = owner
             self.make_room(extent)
         else:
             assert extent in covering
-            assert self.extents.room == room
+
+    @rule(which=st.integers(0), reader=readers)
+    def use(self, which: int, reader: int) -> None:
+        """Who goes on to another extent is done with the last one. One that is gone may still be read."""
+        extents = [extent for extent in self.live + self.gone if extent.state is State.HERE]
+        if not extents:
+            return
+        extent = extents[which % len(extents)]
+        self.extents.use(extent, reader)
+        before = self.current.pop(reader, None)
+        if before in self.owned and before is not extent:
+            self.owned.remove(before)
+            self.used.append(before)
+        if extent in self.live:
+            self.current[reader] = extent
+        if extent in self.used and before is not extent:
+            self.used.remove(extent)
+            self.used.append(extent)
 
     @rule(which=st.integers(0))
     def claim(self, which: int) -> None:
@@ -93,22 +131,18 @@ class Machine(RuleBasedStateMachine):
     def finish(self, which: int) -> None:
         extent = self.some(which, State.FLYING)
         if extent is not None:
-            room = self.extents.room
             data = content(extent.number, extent.start, len(extent))
             self.extents.finish(extent, data)
             assert (extent.state, extent.data) == (State.HERE, data)
             assert extent.arrived.is_set()
-            assert self.extents.room == room + taken([extent])
             self.make_room(extent)
 
     @rule(which=st.integers(0))
     def fail(self, which: int) -> None:
         extent = self.some(which, State.WAITING, State.FLYING)
         if extent is not None:
-            room = self.extents.room
             self.extents.fail(extent)
             assert extent.arrived.is_set()
-            assert self.extents.room == room + taken([extent])
             assert not extent.data
             self.forget(extent, State.FLYING)
 
@@ -116,14 +150,14 @@ class Machine(RuleBasedStateMachine):
     def end_what_was_forgotten_meanwhile(self, which: int, finish: bool) -> None:
         if self.gone:
             extent = self.gone[which % len(self.gone)]
-            state, room = extent.state, self.extents.room
+            state = extent.state
             if finish:
                 self.extents.finish(extent, bytes(len(extent)))
             else:
                 self.extents.fail(extent)
             self.extents.discard(extent)
             assert not self.extents.claim(extent)
-            assert (extent.state, self.extents.room) == (state, room)
+            assert extent.state is state
             assert extent.arrived.is_set()
 
     @rule(which=st.integers(0))
@@ -137,21 +171,20 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=numbers, start=starts, size=st.one_of(sizes, st.sampled_from([0, TOTAL - EXTENT, TOTAL - EXTENT + 1])))
     def add(self, number: int, start: int, size: int) -> None:
-        before = set(self.extents._passing)
+        before = set(self.extents._used)
         self.extents.add(number, start, content(number, start, size))
-        new = set(self.extents._passing) - before
+        new = set(self.extents._used) - before
         assert len(new) == (1 if 0 < size <= TOTAL - EXTENT else 0)
         for extent in new:
             assert (extent.state, len(extent), len(extent.data)) == (State.HERE, size, size)
-            self.live.append(extent)
+            self.used.append(extent)
             self.make_room(extent)
 
     @rule(number=numbers)
     def drop(self, number: int) -> None:
         self.extents.drop(number)
         for extent in [extent for extent in self.live if extent.number == number]:
-            self.live.remove(extent)
-            self.gone.append(extent)
+            self.remove(extent)
             assert extent.arrived.is_set() or extent.state is State.HERE
             assert extent.state in (State.HERE, State.FAILED)
         self.whole = [(n, data) for n, data in self.whole if n != number]
@@ -186,11 +219,14 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_books_are_right(self) -> None:
         extents = self.extents
-        assert list(extents._passing) == self.live
+        assert list(extents._used) == self.used
+        assert list(extents._owned) == self.owned
+        assert extents._current == self.current
         assert extents._passing_size == taken(self.live)
-        flying = [extent for extent in self.live if extent.state in (State.WAITING, State.FLYING)]
+        flying = [extent for extent in self.used if extent.state in (State.WAITING, State.FLYING)]
         assert extents._flying_size == taken(flying)
-        assert extents.room <= TOTAL - extents._flying_size
+        owners = {self.owners[extent] for extent in self.owned}
+        assert extents._ahead == {n: taken(e for e in self.owned if self.owners[e] == n) for n in owners}
         placed = {(key, extent) for key, each in extents._places.items() for extent in each}
         assert all(extents._places.values()), "no empty lists stay behind"
         assert placed == {
@@ -228,9 +264,45 @@ def test_what_was_used_goes_before_what_was_read_ahead() -> None:
     assert [bool(extents.find(1, start, start + 10)) for start in (0, 250, 500, 750, 5000)] == [False] + [True] * 4
 
 
+def arrive(extents: Extents, start: int, size: int, owner: object) -> Extent:
+    extent, new = extents.begin(1, start, start + size, State.WAITING, (start, start + size), owner)
+    assert new
+    assert extents.claim(extent)
+    extents.finish(extent, bytes(size))
+    return extent
+
+
+def test_those_who_read_ahead_have_equal_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazyreplica.extents._STALE", 1e9)
+    extents = Extents(0, TOTAL)
+    most = TOTAL * 4 // 5
+    assert extents.room("a") == most
+    mine = [arrive(extents, start, 100_000 - EXTENT, "a") for start in range(0, 800_000, 100_000)]
+    assert extents.room("a") == 0
+    assert extents.room("b") == 0, "nothing of what is about to be read is pushed out"
+    for extent in mine[:6]:
+        extents.use(extent, "a")
+    assert extents.room("a") == 500_000, "what is read at the moment counts as not used yet"
+    assert extents.share("b") == extents.room("b") == most // 2
+    others = [arrive(extents, start, 100_000 - EXTENT, "b") for start in range(1_000_000, 1_400_000, 100_000)]
+    assert extents.room("b") == 0
+    assert extents.room("a") == most // 2 - 300_000
+    assert all(extents.find(1, extent.start, extent.end) for extent in mine[5:] + others)
+
+
+def test_what_nobody_came_for_takes_no_room_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    extents = Extents(0, TOTAL)
+    for start in range(0, 800_000, 100_000):
+        arrive(extents, start, 100_000 - EXTENT, "a")
+    assert extents.room("b") == 0
+    monkeypatch.setattr("lazyreplica.extents._STALE", 0.0)
+    assert extents.room("b") == TOTAL * 4 // 5
+    assert extents.find(1, 0, 50), "as long as there is room"
+
+
 def test_with_no_room_at_all_a_demand_read_still_gets_its_bytes() -> None:
     extents = Extents(0, 0)
-    assert extents.room <= 0
+    assert extents.room("reader") <= 0
     extent, new = extents.begin(1, 0, 500, State.WAITING, (0, 500))
     assert new
     assert extents.claim(extent)
@@ -307,7 +379,9 @@ def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None
         rng = random.Random(f"{seed} {number}")
         for _ in range(400):
             layer, start = rng.randrange(1, 4), rng.randrange(0, 600_000)
-            extent, _ = extents.begin(layer, start, start + rng.randrange(1, 20_000), State.WAITING, (start, start + 1))
+            end = start + rng.randrange(1, 20_000)
+            owner = rng.choice([None, number, number])
+            extent, _ = extents.begin(layer, start, end, State.WAITING, (start, start + 1), owner)
             if extents.claim(extent):
                 if rng.random() < 0.2:
                     extents.fail(extent)
@@ -315,6 +389,8 @@ def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None
                     extents.finish(extent, layer.to_bytes(1) * len(extent))
             if extent.state is State.HERE and extent.data != layer.to_bytes(1) * len(extent):
                 bad.append(extent)
+            if extent.state is State.HERE:
+                extents.use(extent, number)
             match rng.randrange(12):
                 case 0:
                     extents.drop(layer)
@@ -333,6 +409,8 @@ def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None
     at_once(5, work)
     assert not bad
     assert extents._flying_size == 0
-    assert extents._passing_size == taken(extents._passing) <= 100_000
-    assert {extent for each in extents._places.values() for extent in each} == set(extents._passing)
+    left = [*extents._used, *extents._owned]
+    assert sum(extents._ahead.values()) == taken(extents._owned)
+    assert extents._passing_size == taken(left) <= 100_000
+    assert {extent for each in extents._places.values() for extent in each} == set(left)
     assert extents._whole_size == sum(len(data) + FILE for data in extents._whole.values()) <= 50_000

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, pinned, read_page, start, until
+from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, flying, pinned, read_page, start, until
 from replicas import opened as opened_as_it_is
 
 from lazyreplica import fetcher, layers, opening, spans
@@ -56,6 +56,7 @@ class Expecting:
 
     def __init__(self, *pages: int) -> None:
         self.asked = threading.Event()
+        self.token = object()
         self.trees = Trees(PAGE_SIZE)
         self._pages = pages
 
@@ -95,11 +96,6 @@ def frames_of(layer: Layer, pgnos: Iterable[int]) -> tuple[int, int]:
     """From where to where those pages' frames lie."""
     entries = [entry for pgno in pgnos if (entry := layer.index.get(pgno))]
     return min(start for start, _ in entries), max(start + size for start, size in entries)
-
-
-def under_way_bytes(replica: Replica) -> int:
-    """What nobody fetches any more must not be counted as on its way for ever: there would be no room ahead."""
-    return replica.layers.extents._flying_size
 
 
 def gate(spy: SpyStore) -> tuple[threading.Event, threading.Event]:
@@ -181,7 +177,7 @@ def test_a_row_of_pages_is_one_request_of_each_file_that_has_some(
         for owner in {snapshot.owner(pgno) for pgno in row}:
             begin, end = frames_of(owner, [pgno for pgno in row if snapshot.owner(pgno) is owner])
             expected.append((str(owner.file), begin, end - begin))
-        until(lambda: not under_way_bytes(replica))
+        until(lambda: not flying(replica))
         asked = sorted((str(file), offset, length) for file, offset, length in spy.reads[before:])
         assert asked == sorted(expected), "from the first wanted frame to the last, and what newer files hold read over"
         for pgno in row:
@@ -219,7 +215,7 @@ def test_pages_behind_a_long_gap_are_a_request_of_their_own(
             replica._cache.drop_version(base.number)
             before = len(spy.reads)
             fetch_row(replica, snapshot, 2, 7)
-            until(lambda: not under_way_bytes(replica))
+            until(lambda: not flying(replica))
             asked = [(offset, offset + length) for file, offset, length in spy.reads[before:] if file == base.file]
             assert asked == [frames_of(base, pages) for pages in expected]
 
@@ -237,7 +233,7 @@ def test_a_prediction_may_name_the_page_itself_and_pages_twice(
     with opened(spy) as replica, pinned(replica) as snapshot:
         before = len(spy.reads)
         assert fetch(replica, snapshot, 2, Expecting(*expected)) == history.states[2][2]
-        until(lambda: not under_way_bytes(replica))
+        until(lambda: not flying(replica))
         for owner in {snapshot.owner(pgno) for pgno in (2, *expected)}:
             begin, end = frames_of(owner, [pgno for pgno in expected if snapshot.owner(pgno) is owner] or [2])
             asked = [(offset, offset + length) for file, offset, length in spy.reads[before:] if file == owner.file]
@@ -279,7 +275,7 @@ def test_bytes_that_stay_damaged_are_an_error_that_names_page_and_file(
             fetch_row(replica, snapshot, 3, 4)
         assert len(spy.reads) == before + 2
         assert fetch_row(replica, snapshot, 3, 4) == history.states[1][3], "the next read tries anew"
-        assert not replica._fetcher.busy and not under_way_bytes(replica)
+        assert not replica._fetcher.busy and not flying(replica)
 
 
 def test_bytes_read_ahead_that_are_damaged_are_fetched_again(directory: ReplicaDirectory, spy: SpyStore) -> None:
@@ -298,7 +294,7 @@ def test_bytes_read_ahead_that_are_damaged_are_fetched_again(directory: ReplicaD
 
         spy.change = change
         fetch_row(replica, snapshot, 2, 4)
-        until(lambda: done and not under_way_bytes(replica))
+        until(lambda: done and not flying(replica))
         before = len(spy.reads)
         assert [fetch(replica, snapshot, pgno, Expecting()) for pgno in (4, 5)] == [
             history.states[2][p] for p in (4, 5)
@@ -321,7 +317,7 @@ def test_what_fails_ahead_fails_nobody(directory: ReplicaDirectory, spy: SpyStor
 
         spy.before_read = fail
         assert fetch_row(replica, snapshot, 2, 4) == history.states[2][2]
-        until(lambda: failed and not under_way_bytes(replica))
+        until(lambda: failed and not flying(replica))
         assert fetch_row(replica, snapshot, 4, 2) == history.states[2][4]
 
 
@@ -381,7 +377,7 @@ def test_an_interrupted_reader_does_not_hurt_those_who_joined(directory: Replica
         with pytest.raises(KeyboardInterrupt):
             leader.result()
         assert joiner.result(1) == history.states[1][2]
-        assert not replica._fetcher.busy and not under_way_bytes(replica)
+        assert not replica._fetcher.busy and not flying(replica)
 
 
 def test_a_failed_leader_does_not_hurt_those_who_joined(directory: ReplicaDirectory, spy: SpyStore) -> None:
@@ -408,7 +404,7 @@ def test_a_failed_leader_does_not_hurt_those_who_joined(directory: ReplicaDirect
         with pytest.raises(StoreUnavailable):
             leader.result()
         assert joiner.result(1) == history.states[1][4]
-        assert not replica._fetcher.busy and not under_way_bytes(replica)
+        assert not replica._fetcher.busy and not flying(replica)
 
 
 class StuckStore(SpyStore):
@@ -454,7 +450,7 @@ def test_who_joins_makes_a_request_of_its_own_before_read_timeout(directory: Rep
         else:
             with pytest.raises(StoreUnavailable):
                 leader.result()
-        assert not under_way_bytes(replica)
+        assert not flying(replica)
 
 
 @pytest.mark.slow
@@ -485,7 +481,7 @@ def test_memory_keeps_within_cache_size(
             assert replica.read(snapshot, pgno, reader) == history.states[1][pgno]
             cache, extents = replica._cache, replica.layers.extents
             assert cache._probation.currsize + cache._protected.currsize <= 10 * (512 + ENTRY)
-            assert sum(extent.memory for extent in extents._passing) == extents._passing_size <= total
+            assert sum(extent.memory for extent in (*extents._used, *extents._owned)) == extents._passing_size <= total
         assert len(spy.reads) < 20, "a scan reads ahead"
 
 

@@ -9,14 +9,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, opened, pinned
+from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, flying, opened, pinned
 
 from lazyreplica import layers
 from lazyreplica.crawl import crawl
 from lazyreplica.errors import FileVanished, LazyReplicaError, StoreUnavailable
-from lazyreplica.extents import State
 from lazyreplica.ltx import lazyindex
-from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
 
 
@@ -45,11 +43,6 @@ def spy(directory: ReplicaDirectory) -> SpyStore:
     return SpyStore(directory.url, parallel=4)
 
 
-def nothing_flies(replica: Replica) -> bool:
-    extents = replica.layers.extents
-    return not extents._flying_size and all(extent.state is State.HERE for extent in extents._passing)
-
-
 def failing(error: Exception, fails: Callable[[StoredFile, int], bool]) -> Callable[[StoredFile, int, int], None]:
     def fail(file: StoredFile, offset: int, length: int) -> None:
         if fails(file, offset):
@@ -65,7 +58,7 @@ def test_a_vanished_file_costs_only_its_own_pages(history: History, spy: SpyStor
         spy.before_read = failing(FileVanished("gone"), lambda file, offset: file.name.max_txid in (3, 4))
         found = replica._gatherer.gather(snapshot, range(1, 12))
         assert found == {p: history.states[-1][p] for p in range(1, 12) if p not in (2, 3)}
-        assert nothing_flies(replica)
+        assert not flying(replica)
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("no answer"), RuntimeError("a bug")])
@@ -81,7 +74,7 @@ def test_a_burst_that_fails_in_part_leaves_nothing_on_its_way(
         else:
             assert {p: history.states[-1][p] for p in found} == found
             assert 4 not in found
-        assert nothing_flies(replica)
+        assert not flying(replica)
         spy.before_read = lambda *args: None
         found = replica._gatherer.gather(snapshot, range(1, 9))
         assert found == {p: history.states[-1][p] for p in range(1, 9)}

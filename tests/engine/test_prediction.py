@@ -16,7 +16,18 @@ from typing import Any
 
 import apsw
 import pytest
-from replicas import History, ReplicaDirectory, SpyStore, engine_threads, opened, pinned, read_page, start, until
+from replicas import (
+    History,
+    ReplicaDirectory,
+    SpyStore,
+    engine_threads,
+    flying,
+    opened,
+    pinned,
+    read_page,
+    start,
+    until,
+)
 from sqlite_trees import noise
 
 import lazyreplica
@@ -234,7 +245,7 @@ def check_variant(
     monkeypatch.setattr(spans, "GAP", rng.choice([0, 2000, 64 << 10]))
     monkeypatch.setattr(layers, "PASSING_TOTAL", rng.choice([0, 20_000, 200_000, 8 << 20]))
     if variant == "hostile":
-        monkeypatch.setattr(Replica, "reader", lambda replica: Hostile(replica))
+        monkeypatch.setattr(Replica, "reader", lambda replica, past: Hostile(replica))
     options = {"prefetch": "none" if variant == "hostile" else variant, "cache_size": rng.choice([0, 20_000, 32 << 20])}
     many = 3 if parallel > 1 else 1
     with connections(store, monkeypatch, many, **options) as made, ThreadPoolExecutor(many) as pool:
@@ -454,7 +465,7 @@ def test_a_request_ahead_that_fails_is_made_again_by_who_waits(directory: Replic
         assert waiting.result() == history.states[1][20]
         until(lambda: idle(replica))
         assert read_page(replica, snapshot, 21) == history.states[1][21], "also who comes later"
-        assert replica.layers.extents._flying_size == 0
+        assert not flying(replica)
 
 
 def test_a_demand_read_that_fails_is_an_error_and_the_next_one_tries_anew(
@@ -477,7 +488,7 @@ def test_a_demand_read_that_fails_is_an_error_and_the_next_one_tries_anew(
         failing.clear()
         assert replica.read(snapshot, 20, reader) == history.states[1][20]
         assert read_page(replica, snapshot, 25) == history.states[1][25]
-        until(lambda: replica.layers.extents._flying_size == 0)
+        until(lambda: not flying(replica))
 
 
 def test_damaged_bytes_that_came_ahead_are_fetched_again(
@@ -603,7 +614,7 @@ def test_what_is_on_its_way_is_bounded_and_the_rest_is_refused(
         assert sum(length for _, length in hold.under_way) <= 20 * 530
         assert sorted([*reader.was_refused, *(pages_at(snapshot, hold.under_way))]) == list(range(10, 200, 2))
         hold.go_on.set()
-    assert sum(map(len, replica.layers.extents._passing)) <= 20 * 530
+    assert replica.layers.extents._passing_size <= 20 * 530
 
 
 def pages_at(snapshot: Snapshot, places: Iterable[tuple[int, int]]) -> list[int]:
