@@ -9,9 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+from lazyreplica import naming
 from support.litestream import find_litestream
 from support.servers import S3Server, serve_rclone, serve_seaweed
+
+# A busy machine takes its time; a test that hangs is ended by pytest's own timeout.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # What a developer's shell may set and the library, botocore or a client would obey.
 _STEERING = ("AWS_", "LITESTREAM_", "LAZYREPLICA_")
@@ -55,6 +61,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # ... nor what an earlier one has configured
+    monkeypatch.setattr(naming, "_configured", {})
 
 
 def _own_threads() -> set[threading.Thread]:

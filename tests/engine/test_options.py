@@ -227,6 +227,7 @@ def test_the_environment_sets_every_option() -> None:
         "hydrate": "true",
         "hydrate_max": "1k",
         "hydration_path": "/x",
+        "cache_dir": "/y",
         "cache_size": "2k",
         "poll_interval": "3s",
         "max_staleness": "4",
@@ -235,7 +236,7 @@ def test_the_environment_sets_every_option() -> None:
     }
     assert set(texts) == set(ENVIRONMENT) == set(OPTION_NAMES)
     found = Options.from_environment({ENVIRONMENT[name]: text for name, text in texts.items()})
-    assert found == Options(True, 1024, "/x", 2048, 3.0, 4.0, 5.0, frozenset({"rows", "siblings"}))
+    assert found == Options(True, 1024, "/x", "/y", 2048, 3.0, 4.0, 5.0, frozenset({"rows", "siblings"}))
     assert Options.from_environment(dict.fromkeys(ENVIRONMENT.values(), "")) == Options()
 
 

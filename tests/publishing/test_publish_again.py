@@ -220,7 +220,8 @@ def test_the_hydrated_copy_follows(litestream: Path, tmp_path: Path, url: str) -
             while float(connection.pragma("litestream_hydration_progress")) < 100:
                 assert time.monotonic() < deadline
                 time.sleep(0.005)
-            copy = Path(str(connection.pragma("litestream_hydration_file")))
+            copy = tmp_path / "exported.db"
+            assert lazyreplica.export(connection, copy) == f"{number:016x}"
             assert file_digest(copy) == file_digest(restore(url, tmp_path / f"{number}.db"))
             assert_intact(connection)
 

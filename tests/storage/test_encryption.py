@@ -54,7 +54,7 @@ def test_reading_with_a_customer_key(place: str) -> None:
         if place == "credentials":
             found = Credentials("someone", "secret")
             key = CustomerKey.parse(KEY, where="test")
-            credentials = CredentialSource("a test", lambda: found, "none", key)
+            credentials = CredentialSource("a test", lambda: found, "none", customer_key=key)
         store = open_store(server.url() + (f"&sse-customer-key={KEY}" if place == "url" else ""), credentials)
         store.list_all(10)
         assert store.read(FILE, 0, 50, 10) == CONTENT[:50]
