@@ -56,6 +56,8 @@ ORDER = [
     "storage",
     "ltx",
     "stats",
+    "readcounters",
+    "listeners",
     "events",
     "config",
     "moments",

@@ -15,7 +15,7 @@ from lazyreplica import errors
 from lazyreplica_vfs.register import register
 
 if TYPE_CHECKING:
-    from lazyreplica.events import add_listener
+    from lazyreplica.listeners import add_listener
     from lazyreplica.naming import configure
     from lazyreplica.publish import Published, publish
     from lazyreplica.registry import all_stats
@@ -40,7 +40,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "add_listener": "lazyreplica.events",
+    "add_listener": "lazyreplica.listeners",
     "all_stats": "lazyreplica.registry",
     "Stats": "lazyreplica.stats",
     "stats": "lazyreplica_vfs.connections",

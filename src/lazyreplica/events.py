@@ -1,16 +1,11 @@
-"""What happens to the replicas of this process, for whoever listens: metrics, traces.
+"""What happens to the replicas of this process, as values, for whoever listens (`lazyreplica.add_listener`).
 
-Nothing is made or called where nobody listens.
+Imported only where somebody does: nothing of it costs a program that does not listen.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +44,3 @@ class HydrationDone:
 
 
 Event = RequestDone | TransactionArrived | HydrationDone
-Listener = Callable[[Event], object]
-
-listeners: tuple[Listener, ...] = ()
-"""Exchanged, never changed: who reads it needs no lock."""
-_lock = threading.Lock()
-
-
-def add_listener(listener: Listener) -> Callable[[], None]:
-    """Call `listener` with each event from now on, of every replica of this process. Returns what ends that.
-
-    It is called in the thread in which the event happens, which may be a reader's: it should take microseconds, and
-    must not use a replica. An exception that it raises is logged, and harms nobody.
-    """
-    global listeners  # noqa: PLW0603 (so that `if events.listeners` is all that an event costs nobody)
-    with _lock:
-        listeners = (*listeners, listener)
-
-    def remove() -> None:
-        global listeners  # noqa: PLW0603
-        with _lock:
-            listeners = tuple(each for each in listeners if each is not listener)
-
-    return remove
-
-
-def emit(event: Event) -> None:
-    """Tell all listeners. Callers look first whether there are any."""
-    for listener in listeners:
-        try:
-            listener(event)
-        except Exception:
-            log.exception("a listener failed on %s", type(event).__name__)

@@ -18,10 +18,10 @@ from lazyreplica.layers import Layers
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
+from lazyreplica.readcounters import ReadCounters
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.spans import FIRST, LIMIT, Place, Span, join, peek
-from lazyreplica.stats import ReadCounters
 from lazyreplica.storage import Store, waiting
 from lazyreplica.trees import Trees
 

@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from lazyreplica.boundary import BoundarySearch
 from lazyreplica.errors import FileVanished, LTXError, NoSuchState, ReplicaDamaged, ReplicaGap
@@ -21,7 +20,7 @@ from lazyreplica.ltx.header import HEADER_SIZE, Header
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.moments import AtTime, AtTXID, Moment, format_ms
 from lazyreplica.plan import Chain, plan, plan_before, reach
-from lazyreplica.snapshot import Lineage, Snapshot, stack_snapshot
+from lazyreplica.snapshot import Lineage, PastLineage, Snapshot, stack_snapshot
 from lazyreplica.storage import SNAPSHOT_LEVEL, Store, StoredFile
 
 log = logging.getLogger(__name__)
@@ -30,31 +29,8 @@ _ATTEMPTS = 4
 _NEIGHBOURS = 64
 """How many TXIDs above one that cannot be had are tried, to name the next one that can."""
 
-_numbers = itertools.count(1)
 
 Files = Sequence[StoredFile]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PastLineage(Lineage):
-    """A lineage for one view of the past: part of the history of `origin`, whose number it has.
-
-    SQLite must keep nothing that it derived from another moment: neither its page cache (the change counter has a seed
-    of its own) nor the parsed schema. An equal schema cookie means an equal schema only within an unbroken history, and
-    whether that was unbroken since the view's moment is not known; so each view counts as an epoch, a negative one.
-    """
-
-    origin: Lineage | None = None
-
-    @classmethod
-    def of(cls, origin: Lineage) -> PastLineage:
-        """A new one."""
-        return cls(origin.number, -next(_numbers), origin=origin)
-
-
-def origin_of(lineage: Lineage) -> Lineage:
-    """The lineage that was followed when the snapshot with `lineage` was made."""
-    return lineage.origin if isinstance(lineage, PastLineage) and lineage.origin else lineage
 
 
 class History:

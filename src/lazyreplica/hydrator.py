@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import deque
 
-from lazyreplica import bulkfilling, events
+from lazyreplica import bulkfilling, listeners
 from lazyreplica.attachment import Apply, Attachment
 from lazyreplica.bulkfilling import BulkFiller
 from lazyreplica.errors import LazyReplicaError, LTXError, SnapshotGone, StoreError
@@ -265,8 +265,10 @@ class Hydrator:
                 if self.local.copy is copy:
                     self.local.complete = True
                     log.info("every page of %s is local", self._store.url)
-                    if events.listeners:
-                        events.emit(events.HydrationDone(self._store.url, format_txid(copy.txid)))
+                    if listeners.present:
+                        from lazyreplica.events import HydrationDone
+
+                        listeners.emit(HydrationDone(self._store.url, format_txid(copy.txid)))
             return
         if copy.txid != head.txid or head.lineage is not self.local.lineage:
             raise Stopped  # the head has moved on in this moment

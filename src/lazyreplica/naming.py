@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lazyreplica.config import OPTION_NAMES, Options
 from lazyreplica.errors import ConfigError
-from lazyreplica.moments import parse_moment
 from lazyreplica.storage.url import parse_replica_url
 
 if TYPE_CHECKING:
@@ -106,6 +105,8 @@ def _moment(given: Mapping[str, str]) -> tuple[str, str] | None:
     if len(given) > 1:
         raise ConfigError(f"time is {given['time']!r} and txid is {given['txid']!r}: give one of them")
     for kind, text in given.items():
+        from lazyreplica.moments import parse_moment
+
         parse_moment(kind, text, 0)  # complain here, where the mistake is
         return kind, text
     return None

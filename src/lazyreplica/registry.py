@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from lazyreplica.config import Options
 from lazyreplica.errors import LazyReplicaError
 from lazyreplica.replica import Replica
-from lazyreplica.stats import Stats
 from lazyreplica.storage import open_store
 from lazyreplica.storage.url import parse_replica_url
 
 if TYPE_CHECKING:
+    from lazyreplica.stats import Stats
     from lazyreplica.storage.credentials import CredentialSource
 
 log = logging.getLogger(__name__)

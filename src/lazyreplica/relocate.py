@@ -29,12 +29,11 @@ from lazyreplica.errors import (
     StoreUnavailable,
 )
 from lazyreplica.head import Head
-from lazyreplica.history import PastLineage, origin_of
 from lazyreplica.layers import Layers
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer, PageMap, stack
 from lazyreplica.plan import Chain, plan
-from lazyreplica.snapshot import Lineage, Snapshot
+from lazyreplica.snapshot import Lineage, PastLineage, Snapshot, origin_of
 from lazyreplica.storage import Store, StoredFile
 
 log = logging.getLogger(__name__)

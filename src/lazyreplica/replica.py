@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
-from lazyreplica import events
+from lazyreplica import listeners
 from lazyreplica.attachment import Attachment
 from lazyreplica.cache import PageCache
 from lazyreplica.clock import now
@@ -34,24 +35,27 @@ from lazyreplica.filling import Filler
 from lazyreplica.follower import Follower
 from lazyreplica.gather import Gatherer
 from lazyreplica.head import Head, Hold
-from lazyreplica.history import History
 from lazyreplica.hydration import make_hydrator
 from lazyreplica.hydrator import JOIN_TIMEOUT, Hydrator
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.copy import View
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.moments import Moment
 from lazyreplica.opening import open_newest
 from lazyreplica.pagemap import Layer
 from lazyreplica.prefetch import Reader
 from lazyreplica.readahead import Readahead, Urgency
+from lazyreplica.readcounters import ReadCounters
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
-from lazyreplica.stats import ReadCounters, Stats
 from lazyreplica.storage import Store, StoredFile
 from lazyreplica.storage.counting import CountingStore
 from lazyreplica.storage.waiting import called_off_by
 from lazyreplica.trees import Trees
+
+if TYPE_CHECKING:
+    from lazyreplica.history import History
+    from lazyreplica.moments import Moment
+    from lazyreplica.stats import Stats
 
 log = logging.getLogger(__name__)
 
@@ -109,13 +113,6 @@ class Replica:
                 self._replace,
                 options.read_timeout,
                 self._polled,
-            )
-            self._past = History(
-                store,
-                self.layers,
-                partial(self._follower.poll, thorough=True),
-                self._follower.known,
-                options.read_timeout,
             )
             self._beside: dict[Snapshot, Snapshot] = {}
             """Snapshots of the past that are being read -> the head that was pinned with each (see `_local_page`)."""
@@ -256,6 +253,8 @@ class Replica:
 
     def stats(self) -> Stats:
         """What this replica has done, and where it stands. Takes no lock; some 20 us."""
+        from lazyreplica.stats import Stats  # a large value class takes 2 ms to make, and an open does not need it
+
         store, follower, counters, extents = self._store, self._follower, self._counters, self.layers.extents
         txid = self.hydration_txid
         return Stats(
@@ -281,6 +280,13 @@ class Replica:
             hydration_progress=self.hydration_progress,
             hydration_txid=None if txid is None else format_txid(txid),
         )
+
+    @cached_property
+    def _past(self) -> History:
+        from lazyreplica.history import History  # few look back: 4 ms that an open does not wait for
+
+        poll = partial(self._follower.poll, thorough=True)
+        return History(self._store, self.layers, poll, self._follower.known, self.options.read_timeout)
 
     def at(self, moment: Moment) -> Snapshot:
         """The snapshot of a moment of the past, for one reader: no two calls give the same value.
@@ -486,9 +492,11 @@ class Replica:
         self._tell(after)
 
     def _tell(self, after: Snapshot) -> None:
-        if events.listeners:
+        if listeners.present:
+            from lazyreplica.events import TransactionArrived
+
             lag = time.time() - after.timestamp_ms / 1000
-            events.emit(events.TransactionArrived(self.url, format_txid(after.txid), lag))
+            listeners.emit(TransactionArrived(self.url, format_txid(after.txid), lag))
 
     def _polled(self) -> None:
         if self._hydrator:

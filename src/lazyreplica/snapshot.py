@@ -12,6 +12,7 @@ from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer, PageMap, stack
 
 _numbers = itertools.count(1)
+_views = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +32,28 @@ class Lineage:
     def next_epoch(self) -> Lineage:
         """The same history after a stretch that was not followed link by link."""
         return Lineage(self.number, self.epoch + 1, self.counter_seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PastLineage(Lineage):
+    """A lineage for one view of the past: part of the history of `origin`, whose number it has.
+
+    SQLite must keep nothing that it derived from another moment: neither its page cache (the change counter has a seed
+    of its own) nor the parsed schema. An equal schema cookie means an equal schema only within an unbroken history, and
+    whether that was unbroken since the view's moment is not known; so each view counts as an epoch, a negative one.
+    """
+
+    origin: Lineage | None = None
+
+    @classmethod
+    def of(cls, origin: Lineage) -> PastLineage:
+        """A new one."""
+        return cls(origin.number, -next(_views), origin=origin)
+
+
+def origin_of(lineage: Lineage) -> Lineage:
+    """The lineage that was followed when the snapshot with `lineage` was made."""
+    return lineage.origin if isinstance(lineage, PastLineage) and lineage.origin else lineage
 
 
 @dataclass(frozen=True, slots=True, eq=False)

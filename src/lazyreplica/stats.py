@@ -1,4 +1,4 @@
-"""What a replica has done since it was opened, and where it stands: values, and the counters behind them.
+"""What a replica has done since it was opened, and where it stands, as a value.
 
 Counters are plain integers, and nothing is locked to count: in CPython no other thread comes between reading and
 writing one (a build without the interpreter lock may lose a few). The reader's shortest way, a page out of the local
@@ -64,12 +64,3 @@ class Stats:
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Name -> value, in the order above: what ``PRAGMA litestream_stats`` gives as JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-class ReadCounters:
-    """Where the pages came from that readers asked for. One for each replica, counted by it and its fetcher."""
-
-    __slots__ = ("ahead_hits", "local_hits", "memory_hits", "misses")
-
-    def __init__(self) -> None:
-        self.memory_hits = self.local_hits = self.ahead_hits = self.misses = 0

@@ -19,7 +19,7 @@ import pytest
 from e2e_helpers import file_url, open_uri, python_env
 
 import lazyreplica
-from lazyreplica import config, events
+from lazyreplica import config, events, listeners
 from support.guides import DOCS, blocks, run_guide, text_of
 
 PROJECT = DOCS.parent
@@ -73,7 +73,7 @@ def test_observability(shop: tuple[Path, str], capsys: pytest.CaptureFixture[str
     finally:
         db.close()
         logging.getLogger("lazyreplica").setLevel(level)
-        events.listeners = ()
+        listeners.present = ()
         for collector in [c for c in REGISTRY._collector_to_names if "eplica" in str(REGISTRY._collector_to_names[c])]:
             REGISTRY.unregister(collector)
         provider.shutdown()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from replicas import SpyStore, opened, pinned, read_database, read_page, start
 
-from lazyreplica import events
+from lazyreplica import listeners
 from lazyreplica.errors import StoreUnavailable
-from lazyreplica.events import Event, HydrationDone, RequestDone, TransactionArrived, add_listener
+from lazyreplica.events import Event, HydrationDone, RequestDone, TransactionArrived
 from lazyreplica.extents import Extents, State
+from lazyreplica.listeners import add_listener
 from lazyreplica.registry import all_stats
 
 
@@ -101,7 +102,7 @@ def test_listeners_hear_of_requests_transactions_and_hydration(
     finally:
         for remove in removers:
             remove()
-    assert len(heard) == known and not events.listeners
+    assert len(heard) == known and not listeners.present
     assert "a listener failed on RequestDone" in caplog.text
     assert [(e.txid, e.url) for e in heard if isinstance(e, TransactionArrived)] == [(f"{2:016x}", directory.url)]
     requests = [event for event in heard if isinstance(event, RequestDone)]

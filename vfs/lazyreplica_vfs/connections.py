@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 import apsw
@@ -11,8 +12,10 @@ import apsw
 from lazyreplica.config import Options
 from lazyreplica.export import export_snapshot
 from lazyreplica.ltx.name import format_txid, parse_txid
-from lazyreplica.stats import Stats
 from lazyreplica_vfs.file import file_of
+
+if TYPE_CHECKING:
+    from lazyreplica.stats import Stats
 
 
 def connect(url: str, *, time: object = None, txid: object = None, **options: object) -> apsw.Connection:

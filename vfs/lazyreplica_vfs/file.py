@@ -12,7 +12,6 @@ from functools import partial
 import apsw
 
 from lazyreplica.errors import ConfigError, LazyReplicaError
-from lazyreplica.moments import parse_moment
 from lazyreplica.registry import release
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
@@ -95,6 +94,8 @@ class ReplicaFile:
 
         Raises `ConfigError` when it makes no sense or cannot be shown now, and what `Replica.at` raises.
         """
+        from lazyreplica.moments import parse_moment
+
         self._refuse_while_reading()
         moment = parse_moment(kind, text, time.time_ns() // 1_000_000)
         return self.replica.at(moment) if moment else None

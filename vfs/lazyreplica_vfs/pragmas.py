@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.ltx.name import format_txid
-from lazyreplica.moments import format_ms
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 
 
 def format_time(snapshot: Snapshot) -> str:
     """When the primary wrote the snapshot's last transaction: RFC 3339 in UTC, milliseconds."""
+    from lazyreplica.moments import format_ms  # dates: 3 ms that an open does not need
+
     return format_ms(snapshot.timestamp_ms)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Sequence
 from time import monotonic
 from typing import BinaryIO
 
-from lazyreplica import events
+from lazyreplica import listeners
 from lazyreplica.ltx.name import FileName
 from lazyreplica.storage import Listing, Store, StoredFile
 
@@ -101,13 +101,18 @@ class CountingStore:
 
     def _done(self, method: str, start: float, size: int) -> None:
         self.bytes += size
-        if events.listeners:
-            events.emit(events.RequestDone(self.url, method, size, monotonic() - start, "ok"))
+        if listeners.present:
+            self._tell(method, size, start, "ok")
 
     def _failed(self, method: str, start: float, exc: Exception) -> None:
         self.failures += 1
-        if events.listeners:
-            events.emit(events.RequestDone(self.url, method, 0, monotonic() - start, type(exc).__name__))
+        if listeners.present:
+            self._tell(method, 0, start, type(exc).__name__)
+
+    def _tell(self, method: str, size: int, start: float, outcome: str) -> None:
+        from lazyreplica.events import RequestDone
+
+        listeners.emit(RequestDone(self.url, method, size, monotonic() - start, outcome))
 
     # -- what a replica never does --
 
