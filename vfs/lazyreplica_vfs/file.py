@@ -178,7 +178,7 @@ class ReplicaFile:
 
     # -- reading --
 
-    def xRead(self, amount: int, offset: int) -> bytes:
+    def xRead(self, amount: int, offset: int) -> bytes | memoryview:
         """`amount` bytes from `offset`; fewer at the end of the database (SQLite fills up with zeros).
 
         A page that is local and has not changed since the copy's base is a slice of a mapping.
