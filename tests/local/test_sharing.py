@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,11 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from replicas import ReplicaDirectory, start
+from replicas import ReplicaDirectory, start, until
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.local.control import Control
 from lazyreplica.local.directory import CopyDirectory
+from support.bank import bank_writer, build_bank, check_bank
+from support.litestream import replicating
+from support.process import clean_env
 
 HERE = Path(__file__).parent
 
@@ -151,3 +156,63 @@ def test_an_owner_without_its_users_lock_is_not_taken_for_gone(tmp_path: Path) -
     assert not other.try_own()
     other.abandon()
     owner.abandon()
+
+
+BANKER = """
+import sys, time
+import lazyreplica
+from support.bank import check_bank
+connection = lazyreplica.connect(sys.argv[1], hydrate=True, hydration_path=sys.argv[2], poll_interval=0.1)
+end, seen, last = None, 0, -1
+while end is None or time.monotonic() < end:
+    with connection:
+        state = check_bank(connection)
+    assert state.n >= last, "time goes on"
+    seen, last = seen + (state.n > last), state.n
+    print(state.n, seen, flush=True)
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.slow
+def test_processes_share_a_copy_of_what_litestream_writes_and_compacts(
+    litestream: Path, tmp_path: Path, file_replica_dir: Path
+) -> None:
+    db = build_bank(tmp_path / "bank.db", accounts=1500)
+    levels = {"levels": ["1s", "2s"], "l0_retention": "1s", "l0_retention_check_interval": "500ms"}
+    target = tmp_path / "local.db"
+    environment = clean_env({"PYTHONPATH": str(HERE.parent)})
+
+    def banker() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", BANKER, f"file://{file_replica_dir}", str(target)]
+        log = (tmp_path / f"banker-{len(processes)}").open("w")
+        with log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    def last_line(number: int) -> str:
+        return (tmp_path / f"banker-{number}").read_text().rpartition("\n")[0].rpartition("\n")[2]
+
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        with replicating(db, file_replica_dir, **levels) as primary, bank_writer(db, rate=40, vacuum_every=2) as writer:
+            primary.wait_synced()
+            for _ in range(3):
+                processes.append(banker())
+                time.sleep(1.5)
+            for victim in (0, 1):
+                processes[victim].kill()
+                processes.append(banker())
+                time.sleep(2.5)
+            writer.stop()
+            primary.wait_synced()
+            with contextlib.closing(sqlite3.connect(db)) as source:
+                newest = check_bank(source).n
+            for number in (2, 3, 4):
+                until(lambda number=number: last_line(number).startswith(f"{newest} "), 20, f"{number}: {newest}")
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    for number in range(5):
+        assert "Error" not in (text := (tmp_path / f"banker-{number}").read_text()), text[-3000:]
+        assert int(last_line(number).split()[1]) > 2, "it saw the bank change"
