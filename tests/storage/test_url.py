@@ -165,6 +165,7 @@ def test_canonical_form_round_trips(
         ("s3://b/p#x", "write %23"),
         ("s3://b/%FF", "not UTF-8"),
         ("s3://b/a\nb", "control character"),
+        ("file:///var/lib/\udcaf", "is not UTF-8"),
         ("file://dir/sub", r"relative directory 'dir/sub'; write an absolute one with three slashes: file:///"),
         ("file:dir", "relative directory 'dir'"),
         ("file:///a?x=1", "file:// URLs take none"),

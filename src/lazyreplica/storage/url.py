@@ -59,6 +59,9 @@ _KNOWN = (
 )
 _TRUE = frozenset({"true", "1", "t", "yes"})
 _FALSE = frozenset({"false", "0", "f", "no"})
+_SHOWN = 300
+"""Characters of a URL that a message quotes, at most."""
+_PARAMETER = re.compile(r"[A-Za-z_-]{1,40}")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REGION = re.compile(r"[A-Za-z0-9-]+")
 _ACCESS_POINT = re.compile(
@@ -155,6 +158,8 @@ def parse_replica_url(url: str, environ: Mapping[str, str] = os.environ) -> Repl
         raise ConfigError(f"replica URL {redact(url)!r} has a '#'; write %23 if it belongs to the path")
     if any(ord(char) < 0x20 for char in url):
         raise ConfigError(f"replica URL {redact(url)!r} contains a control character; remove it")
+    if any(0xD800 <= ord(char) < 0xE000 for char in url):  # as Python reads arguments that are not UTF-8
+        raise ConfigError(f"replica URL {redact(url)!r} is not UTF-8; rename what it names, or link to it")
     if parts.scheme == "file":
         return _parse_file(url, parts)
     if parts.scheme == "s3":
@@ -174,7 +179,11 @@ def redact(url: str) -> str:
     if "@" in authority or ":" in authority:
         # A password may itself contain slashes.
         rest = rest.rpartition("@")[2]
-    return scheme + separator + rest
+        host, colon, port = rest.partition("/")[0].partition(":")
+        if colon and not host.startswith("[") and not port.isdigit():
+            rest = host + rest[len(host) + 1 + len(port) :]  # a key whose "@" was forgotten
+    shown = scheme + separator + rest
+    return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
 
 
 def _parse_file(url: str, parts: SplitResult) -> FileURL:
@@ -324,7 +333,8 @@ def _parse_query(url: str, text: str) -> dict[str, str]:
     for name, value in parse_qsl(text, keep_blank_values=True):
         known = _SPELLINGS.get(name)
         if known is None:
-            raise ConfigError(f"replica URL {redact(url)!r}: parameter {name!r} is unknown; known are {_KNOWN}")
+            shown = f"parameter {name!r}" if _PARAMETER.fullmatch(name) else "a parameter"  # a stray part may be a key
+            raise ConfigError(f"replica URL {redact(url)!r}: {shown} is unknown; known are {_KNOWN}")
         if query.setdefault(known, value) != value:
             raise ConfigError(f"replica URL {redact(url)!r}: parameter {known!r} is given twice; keep one")
     return query

@@ -1,0 +1,39 @@
+"""Each target for a moment; `scripts/fuzz` goes on for longer. And the mutators find what is there to be found."""
+
+from __future__ import annotations
+
+import logging
+import random
+import resource
+
+import pytest
+
+from lazyreplica.ltx import decode_file
+from support import fuzz
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    logging.getLogger("lazyreplica").setLevel(logging.CRITICAL)
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_only_errors_of_ours_come_out(name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fuzz.fuzz(name, 1.5, seed=random.SystemRandom().randrange(1 << 31)) > 100
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3 < 150, "MB"
+
+
+def test_the_seeds_hold_real_files_of_both_kinds_of_frames() -> None:
+    kinds = {decode_file(data).data[104:106] for name, data in fuzz.seeds("ltx").items() if "litestream" in name}
+    assert kinds == {b"\0\0", b"\0\1"}
+
+
+def test_a_target_that_does_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(data: bytes) -> None:
+        if int.from_bytes(data[12:16], "big") > 1 << 30:  # the commit of a header
+            raise MemoryError
+
+    monkeypatch.setitem(fuzz.TARGETS, "ltx", careless)  # type: ignore[arg-type]
+    with pytest.raises(fuzz.Finding, match="MemoryError"):
+        fuzz.fuzz("ltx", 20, seed=1)
