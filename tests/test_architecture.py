@@ -27,6 +27,7 @@ ORDER = [
     "litestream_yml",
     "replica",
     "crawl",
+    "damage",
     "gather",
     "opening",
     "hydration",

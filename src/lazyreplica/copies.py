@@ -6,19 +6,15 @@ but by `remove`, and nothing that is not ours is touched.
 
 from __future__ import annotations
 
-import os
-import secrets
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lazyreplica.errors import ConfigError, ReplicaError
-from lazyreplica.local.base import pwrite_all
+from lazyreplica.export import write_database
 from lazyreplica.local.copy import LocalCopy
 from lazyreplica.local.directory import CopyDirectory
-from lazyreplica.local.state import boot_id, read_state, sync_directory
-
-_BATCH = 1 << 20
+from lazyreplica.local.state import boot_id, read_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +81,7 @@ def export_copy(path: Path, output: Path) -> int:
                 f"{missing} of {copy.commit} pages are not in the local copy {str(path)!r}: complete it with "
                 f"`lazyreplica hydrate --hydration-path {path} {copy.state.url}`"
             )
-        _write(copy, output)
+        write_database(output, _pages(copy))
         return copy.txid
     finally:
         directory.abandon()
@@ -121,33 +117,14 @@ def _look(path: Path) -> Copy:
         directory.abandon()
 
 
-def _write(copy: LocalCopy, output: Path) -> None:
+def _pages(copy: LocalCopy) -> Iterator[bytes]:
     view = copy.view(copy.txid)
     assert view is not None, "its newest state is one that it has"
-    new = output.with_name(f"{output.name}.{secrets.token_hex(4)}.new")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            at, batch = 0, bytearray()
-            for pgno in range(1, copy.commit + 1):
-                page = view.page(pgno)
-                if page is None:
-                    # A lock page; or it was folded away by the process that owns the copy, in this moment.
-                    if pgno != copy.lock_pgno:
-                        raise ReplicaError(f"page {pgno} of the local copy was replaced meanwhile: export it again")
-                    page = bytes(view.page_size)
-                batch += page
-                if len(batch) >= _BATCH:
-                    pwrite_all(fd, batch, at)
-                    at += len(batch)
-                    batch.clear()
-            pwrite_all(fd, batch, at)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        new.rename(output)
-        sync_directory(output.absolute().parent)
-    except BaseException:
-        with suppress(OSError):
-            new.unlink()
-        raise
+    for pgno in range(1, copy.commit + 1):
+        page = view.page(pgno)
+        if page is None:
+            # A lock page; or it was folded away by the process that owns the copy, in this moment.
+            if pgno != copy.lock_pgno:
+                raise ReplicaError(f"page {pgno} of the local copy was replaced meanwhile: export it again")
+            page = bytes(view.page_size)
+        yield page

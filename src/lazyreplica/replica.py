@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
@@ -20,13 +19,12 @@ from lazyreplica.cache import PageCache
 from lazyreplica.clock import now
 from lazyreplica.config import Options
 from lazyreplica.crawl import crawl
+from lazyreplica.damage import Damages, verify_patiently
 from lazyreplica.errors import (
-    FileVanished,
     LineageChanged,
     LTXError,
     ReplicaError,
     ReplicaGap,
-    StoreError,
     StoreUnavailable,
     WaitTimeout,
 )
@@ -63,18 +61,8 @@ _WAIT_STEP = 0.2
 _GRACE = 0.02
 """Seconds before background work begins: whoever opened a replica reads its schema first."""
 _READAHEAD = 24
-_VERIFY_AGAIN = 1.0
 _OPEN_TIMEOUT = 10.0
 """Seconds for the first listing: who opens a replica wants to know soon that nobody answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Damage:
-    """A file that was in use before it was found to be damaged."""
-
-    layer: Layer
-    lineage: int
-    reason: str
 
 
 class Replica:
@@ -92,7 +80,7 @@ class Replica:
         self._counters = ReadCounters()
         self._closed = self._abandoned = False
         self._closing = threading.Event()
-        self._damage: list[_Damage] = []
+        self._damages = Damages(store.url)
         self._hydrator: Hydrator | None = None
         self._fresh = -1.0
         """Seconds after a poll in which a transaction may begin with what the last one saw; negative: never."""
@@ -156,37 +144,16 @@ class Replica:
                 self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
 
     def _verify(self, layer: Layer) -> None:
-        """Verify a file that was opened in haste, however long it takes until storage answers."""
-        pause = _VERIFY_AGAIN
-        while True:
-            try:
-                damage = self.layers.verify(layer)
-                break
-            except FileVanished:
-                return
-            except StoreError as exc:
-                log.info("%s cannot be verified yet: %s", layer, exc)
-            if self._closing.wait(pause):
-                return
-            pause = min(2 * pause, 60.0)
+        """Verify a file that was opened in haste."""
+        damage = verify_patiently(self.layers, layer, self._closing)
         if damage is None:
             return
-        # Its index may name the wrong pages, so that older ones showed through: no page is certain any more.
-        self._damage.append(_Damage(layer, self._head.current.lineage.number, damage))
+        self._damages.note(layer, self._head.current.lineage.number, damage)
         self._fresh = -1.0  # no transaction begins with what the last one saw
         self._head.drop_views()
         self._fetcher.distrust(layer, damage)
         if self._hydrator:
             self._hydrator.give_up(LTXError(f"{layer} is damaged: {damage}"))
-
-    def _refuse_damaged(self, snapshot: Snapshot) -> None:
-        base = next(iter(snapshot.pages.layers()))
-        for damage in self._damage:
-            if snapshot.lineage.number == damage.lineage and base.max_txid < damage.layer.max_txid <= snapshot.txid:
-                raise LTXError(
-                    f"{damage.layer} of {self.url} is damaged: {damage.reason}; which pages it changed is not known, "
-                    "so none can be read until the primary writes a new snapshot"
-                )
 
     def _make_hydrator(self, relocator: Relocator, listed: tuple[StoredFile, ...]) -> Hydrator | None:
         def make_filler(stop: threading.Event) -> Filler:
@@ -212,7 +179,7 @@ class Replica:
 
     def _set_fresh(self) -> None:
         # Where another process follows for us, each transaction has to look at what it has found.
-        self._fresh = -1.0 if self._others() or self._damage else self.options.staleness_limit
+        self._fresh = -1.0 if self._others() or self._damages else self.options.staleness_limit
 
     def _others(self) -> Attachment | None:
         """The local copy, if another process owns it and follows for us."""
@@ -371,7 +338,7 @@ class Replica:
 
     def view(self, snapshot: Snapshot) -> View | None:
         """The local copy as of a pinned snapshot, if there is one: what it has may be read from it directly."""
-        if self._hydrator is None or self._damage:
+        if self._hydrator is None or self._damages:
             return None
         return self._hydrator.local.view(snapshot)
 
@@ -390,8 +357,8 @@ class Replica:
         """
         if self._closed:
             self._refuse_if_closed()
-        if self._damage:
-            self._refuse_damaged(snapshot)
+        if self._damages:
+            self._damages.refuse(snapshot)
         if pgno == snapshot.lock_pgno:
             return bytes(snapshot.page_size)
         layer = snapshot.owner(pgno)

@@ -69,17 +69,11 @@ class CopyDirectory:
                 f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, exists and is "
                 "not lazyreplica's; nothing in it will be touched: name another hydration_path"
             )
-        info = path.lstat()
-        if info.st_uid != os.geteuid() or info.st_mode & 0o022:
-            # In a shared directory anybody may have made it, and could give us any pages.
-            raise ConfigError(
-                f"{str(path)!r}, where the local copy for hydration_path {hydration_path!r} is built, belongs to user "
-                f"{info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}; expected user {os.geteuid()}, and nobody "
-                "else with the right to write: remove it, or name another hydration_path"
-            )
+        _refuse_exposed(path)
         users_fd = _use(path, kept=True)
         directory = cls(path, users_fd, target)
         try:
+            _refuse_exposed(path)
             directory._refuse_stranger(target)
         except BaseException:
             os.close(users_fd)
@@ -296,6 +290,20 @@ def _is_strange(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return bool(names) and _USERS not in names and not (path / _USERS).is_file()
+
+
+def _refuse_exposed(path: Path) -> None:
+    """Raise `ConfigError` for a directory into which others may write: they could give us any pages."""
+    try:
+        info = path.lstat()
+    except FileNotFoundError:
+        return  # we make it
+    if info.st_uid != os.geteuid() or info.st_mode & 0o022:
+        raise ConfigError(
+            f"{str(path)!r}, where the local copy is built, belongs to user {info.st_uid} with mode "
+            f"{stat.S_IMODE(info.st_mode):o}; expected user {os.geteuid()}, and nobody else with the right to write: "
+            "remove it, or name another hydration_path"
+        )
 
 
 def _use(path: Path, *, kept: bool = False) -> int:
