@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def _build(path: Path) -> Path:
-    """A database of some 20 MB."""
+    """A database of 16 MB."""
     db = apsw.Connection(str(path))
     db.execute("create table item(id integer primary key, name text, note text)").fetchall()
     with db:
