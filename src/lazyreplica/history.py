@@ -19,6 +19,7 @@ from lazyreplica.layers import Layers, prepare
 from lazyreplica.ltx.header import HEADER_SIZE, Header
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.moments import AtTime, AtTXID, Moment, format_ms
+from lazyreplica.pagemap import Layer
 from lazyreplica.plan import Chain, plan, plan_before, reach
 from lazyreplica.snapshot import Lineage, PastLineage, Snapshot, stack_snapshot
 from lazyreplica.storage import SNAPSHOT_LEVEL, Store, StoredFile
@@ -72,7 +73,7 @@ class History:
                 self._poll()
             lineage, files = self._known()
             try:
-                layers = self._layers.open_chain(self._planner.chain(moment, files))
+                layers = self._planner.open(moment, files)
             except (FileVanished, ReplicaGap, NoSuchState) as exc:
                 if attempt == _ATTEMPTS or (listed and not isinstance(exc, FileVanished)):
                     raise
@@ -103,6 +104,18 @@ class PastPlanner:
         """Held while headers are read: who asks for nearly the same moment finds them read."""
         self._times: dict[StoredFile, int] = {}
         """Milliseconds since the Unix epoch, from headers."""
+
+    def open(self, moment: Moment, files: Files) -> list[Layer]:
+        """The chain of `moment`, opened.
+
+        A file in it that is too new after all shows that a clock was set back: then every header is read. Raises what
+        `chain` raises, and `FileVanished`.
+        """
+        layers = self._layers.open_chain(self.chain(moment, files))
+        if isinstance(moment, AtTime) and any(layer.header.timestamp_ms >= moment.ms for layer in layers):
+            self._read_times(files)
+            layers = self._layers.open_chain(self.chain(moment, files))
+        return layers
 
     def chain(self, moment: Moment, files: Files) -> Chain:
         """The chain of `moment`, out of `files`, which are in order of level and name.

@@ -139,7 +139,7 @@ class Restorer:
     def _plan(self, moment: Moment | None) -> Chain:
         self.files = list_files(self.store, self._timeout)
         if moment is not None:
-            return self._planner.chain(moment, self.files)
+            return tuple(layer.file for layer in self._planner.open(moment, self.files))
         try:
             return plan(self.files)
         except (EmptyReplica, ReplicaGap) as exc:

@@ -367,7 +367,9 @@ def test_a_view_while_the_replica_is_hydrated_and_followed(tmp_path: Path) -> No
                 want = max(m for m in range(0, k + 1) if m == 0 or m % 7 == 3)
                 assert con.execute("select distinct n from big where id % 7 = 3").fetchall() == [(want,)]
                 assert one(con, "pragma quick_check") == "ok"
-            path = wait_hydrated(follower)
+            wait_hydrated(follower)
+            path = tmp_path / "exported.db"
+            lazyreplica.export(follower, path)
             copy = apsw.Connection(f"file:{path}?immutable=1", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
             assert one(copy, "select max(n) from t") == 14
             copy.close()

@@ -40,7 +40,7 @@ with opened(SpyStore(url, parallel=8), cache_size=cache, read_timeout=30.0) as r
         step = rng.choice([1, 1, spread])
         for pgno in pages[first : first + step * 1500 : step]:
             replica.read(snapshot, pgno, readers[n % 4])
-        replica._store.reads.clear()
+        replica._store._store.reads.clear()
         most = max(most, resident())
     print(most - before)
 """

@@ -298,6 +298,8 @@ def _refuse_exposed(path: Path) -> None:
         info = path.lstat()
     except FileNotFoundError:
         return  # we make it
+    if stat.S_ISLNK(info.st_mode):
+        return  # to nowhere: it cannot be made
     if info.st_uid != os.geteuid() or info.st_mode & 0o022:
         raise ConfigError(
             f"{str(path)!r}, where the local copy is built, belongs to user {info.st_uid} with mode "
