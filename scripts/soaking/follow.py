@@ -19,7 +19,7 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from lazyreplica import layers
+from lazyreplica import hydrator, layers
 from lazyreplica.config import Options
 from lazyreplica.errors import SnapshotGone
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, FileName, Header, encode_file
@@ -145,9 +145,9 @@ def follow(transactions: int, *, hydrate: bool) -> dict[str, Any]:
                 if writer.poll() is not None:
                     raise RuntimeError(f"the writer ended with {writer.returncode}")
                 time.sleep(0.01)
-            # What may be kept is bounded, at 12 MiB for small files: with a smaller bound it is full after the warm-up,
-            # and whatever grows from then on has no bound.
-            layers.KEEP_TOTAL = 256 << 10
+            # What may be kept is bounded, at 12 MiB for small files and 16 MiB for the local copy's log: with smaller
+            # bounds it is full after the warm-up, and whatever grows from then on has no bound.
+            layers.KEEP_TOTAL = hydrator.FOLD_AT = 256 << 10
             options = Options(hydrate=hydrate, poll_interval=0.001, read_timeout=10, cache_size=256 << 10)
             replica = Replica(open_store(f"file://{directory}"), options)
             try:
