@@ -18,5 +18,5 @@ def test_processes_that_share_a_copy_are_killed_again_and_again(tmp_path: Path) 
     assert run.returncode == 0, run.stderr[-6000:]
     done = json.loads(run.stdout)
     assert done["kills"] == 300
-    assert done["transactions"] > 200
-    assert done["pages"] > 10_000, "something was local when it was looked at"
+    assert done["transactions"] > 100
+    assert done["pages"] > 1000, "something was local when it was looked at"
