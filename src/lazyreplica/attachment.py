@@ -57,6 +57,8 @@ class Attachment:
         another history."""
         self.complete = False
         """Whether every page of the copy's newest state is here."""
+        self._gap = False
+        """Whether transactions after the head were folded before we looked: then only the store has them."""
         self._control = Control(directory.control)
         if directory.try_own():
             self._take_up(listed)
@@ -243,8 +245,9 @@ class Attachment:
         """When (`clock.now`) the owner last learned that it has the newest state; 0.0: never since anybody has used the
         copy, or we cannot learn that state from it."""
         copy = self.copy
-        learnt = copy is not None and self.lineage is not None and copy.txid <= self._head.current.txid
-        return self._control.polled_at if learnt else 0.0
+        if copy is None or self.lineage is None or (self._gap and copy.txid > self._head.current.txid):
+            return 0.0
+        return self._control.polled_at
 
     @property
     def attached(self) -> bool:
@@ -288,12 +291,13 @@ class Attachment:
             return
         for record in list(copy.records):
             if record.file.name.min_txid > self._head.current.txid + 1:
-                return  # what comes before was folded before we looked: the store has it
+                break
             if record.max_txid > self._head.current.txid:
                 index = PageIndex(record.pgnos, record.offsets)
                 layer = self._layers.known(record.file, record.header, index, record.checksum)
                 apply(Arrival(layer, None))
                 self.lineage = self._head.current.lineage
+        self._gap = copy.txid > self._head.current.txid
 
     def _switch(self, listing: Listing | None) -> LocalCopy | None:
         """The copy has other files now: the same history folded, or another one."""

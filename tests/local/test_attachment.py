@@ -131,6 +131,7 @@ def test_transactions_that_were_folded_before_we_looked_are_not_left_out(
             right(second, history)
             assert second.head.txid == 3
             assert local_database(second) is not None
+            assert local(second).polled_at > 0, "from now on it learns from the log again"
 
 
 # Regression: while the owner brought what had come, the others took its polls for news.
