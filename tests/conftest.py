@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -63,6 +64,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     # ... nor what an earlier one has configured
     monkeypatch.setattr(naming, "_configured", {})
+    # ... nor the silence that the fuzzer needs
+    logging.disable(logging.NOTSET)
 
 
 def _own_threads() -> set[threading.Thread]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -175,7 +176,9 @@ def nameless_files() -> set[str]:
     found = set()
     for fd in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):  # the directory's own descriptor is gone by now
-            if (target := str(fd.readlink())).endswith(" (deleted)"):
+            target = str(fd.readlink())
+            # Not the mappings of local copies that are closed, which go with the garbage collector.
+            if target.endswith(" (deleted)") and not target.startswith(f"{tempfile.gettempdir()}/lazyreplica-"):
                 found.add(target)
     return found
 
