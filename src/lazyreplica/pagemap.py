@@ -12,7 +12,6 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import repeat
 
 from lazyreplica.ltx.header import Header, lock_pgno
 from lazyreplica.ltx.lazyindex import Index
@@ -68,7 +67,8 @@ class _Run:
         return None
 
     def items(self) -> Iterable[tuple[int, Layer]]:
-        return zip(self.pgnos, map(self.layers.__getitem__, self.owners), strict=True)
+        layers = self.layers
+        return ((pgno, layers[owner]) for pgno, owner in zip(self.pgnos, self.owners, strict=True))
 
 
 class _Single:
@@ -87,18 +87,25 @@ class _Single:
         return layer if layer.index.holds(pgno) else None
 
     def items(self) -> Iterable[tuple[int, Layer]]:
-        return zip(self.layers[0].index.pgnos, repeat(self.layers[0]), strict=False)
+        layer = self.layers[0]
+        return ((pgno, layer) for pgno in layer.index.pgnos)
 
 
-def _join(*runs: _Run | _Single) -> _Run:
-    """Runs as one, oldest first. 0.2 us a page."""
-    merged: dict[int, Layer] = {}
-    for run in runs:
-        merged.update(run.items())
+def _join(newer: _Run | _Single, older: _Run | _Single) -> _Run:
+    merged = dict(older.items())
+    merged.update(newer.items())
     pgnos = array("I", sorted(merged))
-    holders = list(map(merged.__getitem__, pgnos))
-    places = {layer: place for place, layer in enumerate(dict.fromkeys(holders))}
-    return _Run(pgnos, array("I", map(places.__getitem__, holders)), tuple(places))
+    places: dict[int, int] = {}
+    layers: list[Layer] = []
+    owners = array("I")
+    for pgno in pgnos:
+        layer = merged[pgno]
+        place = places.get(layer.number)
+        if place is None:
+            place = places[layer.number] = len(layers)
+            layers.append(layer)
+        owners.append(place)
+    return _Run(pgnos, owners, tuple(layers))
 
 
 class PageMap:
@@ -116,7 +123,7 @@ class PageMap:
         runs: list[_Run | _Single] = [_Single(layer), *self._runs]
         # The last run is the base (a whole database): joining it would copy it, and it is never far away.
         while len(runs) > 2 and len(runs[1]) <= 2 * len(runs[0]):
-            runs[:2] = [_join(runs[1], runs[0])]
+            runs[:2] = [_join(runs[0], runs[1])]
         return PageMap(tuple(runs))
 
     @property
@@ -143,12 +150,8 @@ class PageMap:
 
 
 def stack(layers: Iterable[Layer]) -> PageMap:
-    """The map of a chain, base first: the layers above the base joined at once, each of their pages touched once."""
-    above: list[_Single] = []
-    base: list[_Single] = []
+    """The map of a chain, base first."""
+    page_map = PageMap()
     for layer in layers:
-        if layer.holds_everything:
-            base, above = [_Single(layer)], []
-        else:
-            above.append(_Single(layer))
-    return PageMap((*([_join(*above)] if len(above) > 1 else above), *base))
+        page_map = page_map.with_layer(layer)
+    return page_map
