@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,15 +59,25 @@ def configure(name: str, url: str, *, time: object = None, txid: object = None, 
         _configured[name] = Named(url, parsed, start=start)
 
 
-def adopt(name: str) -> None:
-    """Let the database `name` stand for its replica in litestream.yml, whatever the environment says.
+@contextlib.contextmanager
+def adopted(name: str) -> Iterator[None]:
+    """While the block runs, the database `name` stands for its replica in litestream.yml, whatever else is configured.
 
     Raises `ConfigError` as `replica_of` does.
     """
     url, credentials = replica_of(name)
-    parse_replica_url(url)
+    named = Named(url, Options.from_environment(), credentials)
     with _lock:
-        _configured[name] = Named(url, Options.from_environment(), credentials)
+        before = _configured.get(name)
+        _configured[name] = named
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is not None:
+                _configured[name] = before
+            else:
+                del _configured[name]
 
 
 def is_configured(name: str) -> bool:

@@ -10,6 +10,7 @@ import pytest
 from cli_helpers import Bank, Run
 
 from lazyreplica.ltx.name import format_txid
+from lazyreplica.naming import is_configured
 from support.litestream import ltx_files
 from support.servers import S3Server
 
@@ -73,6 +74,7 @@ def test_the_keys_in_litestream_yml_are_used(
     done = run("query", "--json", bank.database.name, "select count(*) as n from accounts")
     assert done.json == [{"n": 2000}]
     assert run("info", "--json", bank.database.name).status == 0
+    assert not is_configured(bank.database.name)
 
 
 def test_a_name_that_nothing_lists(run: Run, listed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

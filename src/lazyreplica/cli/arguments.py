@@ -15,7 +15,7 @@ from lazyreplica.config import OPTION_NAMES, Options
 from lazyreplica.errors import ConfigError, LTXError
 from lazyreplica.ltx.name import format_txid, parse_txid
 from lazyreplica.moments import AtTime, AtTXID, Moment, parse_time
-from lazyreplica.naming import adopt, replica_of
+from lazyreplica.naming import adopted, replica_of
 from lazyreplica.storage import LEVELS, Store, open_store
 
 if TYPE_CHECKING:
@@ -98,9 +98,10 @@ def connect(args: argparse.Namespace) -> apsw.Connection:
     if is_url(args.url):
         return lazyreplica.connect(args.url, **moment, **given)
     Options().updated(given, "-o")
-    adopt(args.url)
     query = urlencode({"vfs": "litestream", **moment, **given}, quote_via=quote)
-    return apsw.Connection(f"file:{quote(args.url)}?{query}", flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    with adopted(args.url):
+        return apsw.Connection(f"file:{quote(args.url)}?{query}", flags=flags)
 
 
 def add_moment(parser: argparse.ArgumentParser) -> None:
