@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import resource
 
 import pytest
@@ -20,7 +19,7 @@ def _quiet() -> None:
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_only_errors_of_ours_come_out(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert fuzz.fuzz(name, 1.5, seed=random.SystemRandom().randrange(1 << 31)) > 100
+    assert fuzz.fuzz(name, 1.5, seed=1) > 100  # always the same inputs: a test is no lottery
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3 < 150, "MB"
 
 

@@ -166,6 +166,7 @@ def test_canonical_form_round_trips(
         ("s3://b/%FF", "not UTF-8"),
         ("s3://b/a\nb", "control character"),
         ("file:///var/lib/\udcaf", "is not UTF-8"),
+        ("s3://bucket.localhost.s3.eu-west-1.amazonaws.com/app", "'bucket.localhost' cannot be told from a host name"),
         ("file://dir/sub", r"relative directory 'dir/sub'; write an absolute one with three slashes: file:///"),
         ("file:dir", "relative directory 'dir'"),
         ("file:///a?x=1", "file:// URLs take none"),
@@ -336,3 +337,21 @@ def test_any_text_is_a_url_or_a_configuration_error(text: str) -> None:
         assert SSE not in str(exc) or SSE in text.partition("?")[0]
     else:
         assert parse_replica_url(str(parsed), {}) == parsed
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://b{}/a?x",
+        "s3://b_{}!/a",
+        "s3://b/a?region={}!",
+        "s3://b/a?skipVerify={}",
+        "file://{}",
+        "x{}://b/a",
+        "s3://b/{}\t",
+    ],
+)
+def test_a_message_quotes_no_url_of_any_length(url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_replica_url(url.format("a" * 50_000), {})
+    assert len(str(caught.value)) < 1500

@@ -60,7 +60,7 @@ _KNOWN = (
 _TRUE = frozenset({"true", "1", "t", "yes"})
 _FALSE = frozenset({"false", "0", "f", "no"})
 _SHOWN = 300
-"""Characters of a URL that a message quotes, at most."""
+"""Characters of a URL, or of a part of it, that a message quotes, at most."""
 _PARAMETER = re.compile(r"[A-Za-z_-]{1,40}")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REGION = re.compile(r"[A-Za-z0-9-]+")
@@ -166,7 +166,7 @@ def parse_replica_url(url: str, environ: Mapping[str, str] = os.environ) -> Repl
         return _parse_s3(url, parts, port, environ, point)
     if not parts.scheme or "://" not in url:
         raise ConfigError(f"replica URL {redact(url)!r} has no scheme; write {_SCHEMES}")
-    raise ConfigError(f"replica URL {redact(url)!r} has the scheme {parts.scheme!r}; supported are {_SCHEMES}")
+    raise ConfigError(f"replica URL {redact(url)!r} has the scheme {_brief(parts.scheme)!r}; supported are {_SCHEMES}")
 
 
 def redact(url: str) -> str:
@@ -182,14 +182,18 @@ def redact(url: str) -> str:
         host, colon, port = rest.partition("/")[0].partition(":")
         if colon and not host.startswith("[") and not port.isdigit():
             rest = host + rest[len(host) + 1 + len(port) :]  # a key whose "@" was forgotten
-    shown = scheme + separator + rest
-    return shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "..."
+    return _brief(scheme + separator + rest)
+
+
+def _brief(text: str) -> str:
+    """What a message quotes of a text of any length."""
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
 def _parse_file(url: str, parts: SplitResult) -> FileURL:
     path = _decode(url, parts.path)
     if parts.netloc not in {"", "localhost"} or not path.startswith("/"):
-        found = parts.netloc + path
+        found = _brief(parts.netloc + path)
         raise ConfigError(
             f"replica URL {redact(url)!r} names the relative directory {found!r}; "
             f"write an absolute one with three slashes: file://{Path.cwd() / found}"
@@ -243,7 +247,9 @@ def _parse_s3(
         where = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") if endpoint is None else None
         region = where or DEFAULT_REGION
     if not _REGION.fullmatch(region):
-        raise ConfigError(f"replica URL {redact(url)!r}: region is {region!r}, expected a name such as eu-west-1")
+        raise ConfigError(
+            f"replica URL {redact(url)!r}: region is {_brief(region)!r}, expected a name such as eu-west-1"
+        )
     forced = _flag(url, query, "forcePathStyle")
     if point is not None:
         if forced:
@@ -296,18 +302,19 @@ def _parse_host(url: str, netloc: str, port: int | None) -> tuple[str, str | Non
     suffix = f":{port}" if port is not None else ""
     if found := bucket_in_host(host):
         if found.endpoint is not None:
-            return _checked_bucket(url, found.bucket), found.endpoint + suffix, found.region, found.path_style
+            endpoint = _parse_endpoint(url, found.endpoint + suffix)  # without the scheme's own port
+            return _checked_bucket(url, found.bucket), endpoint, found.region, found.path_style
         if not suffix:
             return _checked_bucket(url, found.bucket), None, found.region, None
     if suffix:
         raise ConfigError(
             f"replica URL {redact(url)!r} has the port {port} where the bucket goes; "
-            f"write s3://bucket/path?endpoint=http://{host}{suffix}"
+            f"write s3://bucket/path?endpoint=http://{_brief(host)}{suffix}"
         )
     if place := misplaced(host):
         raise ConfigError(
             f"replica URL {redact(url)!r} has a host where the bucket goes, which Litestream would take for a bucket "
-            f"of AWS; write {place}"
+            f"of AWS; write {_brief(place)}"
         )
     return _checked_bucket(url, host), None, None, None
 
@@ -317,9 +324,12 @@ def _checked_bucket(url: str, bucket: str) -> str:
         raise ConfigError(f"replica URL {redact(url)!r} has no bucket; write s3://bucket/path")
     if not _BUCKET.fullmatch(bucket):
         raise ConfigError(
-            f"replica URL {redact(url)!r}: {bucket!r} is not a bucket name (letters, digits, '.', '-', '_'); "
+            f"replica URL {redact(url)!r}: {_brief(bucket)!r} is not a bucket name (letters, digits, '.', '-', '_'); "
             "write s3://bucket/path"
         )
+    if bucket_in_host(bucket) or misplaced(bucket):
+        # Its canonical form would be read as that other place.
+        raise ConfigError(f"replica URL {redact(url)!r}: bucket {_brief(bucket)!r} cannot be told from a host name")
     return bucket
 
 
@@ -403,7 +413,7 @@ def _flag(url: str, query: Mapping[str, str], name: str) -> bool | None:
         return False
     if not text:
         return None
-    raise ConfigError(f"replica URL {redact(url)!r}: {name} is {text!r}; write true or false")
+    raise ConfigError(f"replica URL {redact(url)!r}: {name} is {_brief(text)!r}; write true or false")
 
 
 def _decode(url: str, path: str) -> str:
