@@ -7,6 +7,7 @@ it is kept. https://litestream.io/reference/config/
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ RAW_VARIABLE = "LITESTREAM_NO_EXPAND_ENV"
 """Litestream's flag ``-no-expand-env``, as a variable."""
 _USUAL = ("litestream.yml", "/etc/litestream.yml")
 PLACES = f"litestream.yml (${CONFIG_VARIABLE}, ./litestream.yml or /etc/litestream.yml)"
+
+_NAME = re.compile(r"\w{1,64}")
 
 
 class WriterConfig:
@@ -112,5 +115,6 @@ def _value_of(name: str, environ: Mapping[str, str], unset: set[str]) -> str:
         unset.add("PID (of the writer)")
         return str(os.getpid())
     if name not in environ:
-        unset.add(name)
+        # Where a brace was left open, what follows is taken for a name up to the next one: keys, perhaps.
+        unset.add(name if _NAME.fullmatch(name) else "what stands in a ${...} that is no name")
     return environ.get(name, "")
