@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
 import subprocess
 import sys
@@ -319,17 +320,15 @@ def test_a_snapshot_that_announces_a_huge_database_is_an_error(
 _CHILD = """
 import json, logging, resource, sys, time
 import lazyreplica
+from support.memory import peak_resident
 from lazyreplica.errors import LazyReplicaError
 
 logging.basicConfig(level=logging.WARNING)
 limit = 3 << 29  # so that a mistake does not take the machine with it
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
 url, late, target = sys.argv[1:]
-before = peak()
+before = peak_resident()
 started = time.monotonic()
 outcome = "ok"
 connection = None
@@ -348,7 +347,7 @@ except LazyReplicaError as exc:
     outcome = type(exc).__name__
 if connection is not None:
     connection.close()
-print(json.dumps({"outcome": outcome, "grown": (peak() - before) << 10, "seconds": time.monotonic() - started}))
+print(json.dumps({"outcome": outcome, "grown": peak_resident() - before, "seconds": time.monotonic() - started}))
 """
 
 
@@ -364,6 +363,7 @@ def run_child(url: str, late: Path | str = "", target: Path | str = "") -> dict[
         capture_output=True,
         text=True,
         timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         check=False,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr

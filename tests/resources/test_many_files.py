@@ -83,11 +83,12 @@ def test_a_chain_of_two_thousand_files_takes_few_connections(rclone: S3Server, m
 
 
 MEASURE = textwrap.dedent("""
-    import gc, json, os, resource, sys, time
+    import gc, json, os, sys, time
     from pathlib import Path
     import lazyreplica
     from lazyreplica import registry
     from support.manyfiles import ManyFiles, marks
+    from support.memory import peak_resident
 
     COUNT, LATER = int(sys.argv[1]), int(sys.argv[2])
     level = Path(sys.argv[3]) / "ltx" / "0"
@@ -102,7 +103,7 @@ MEASURE = textwrap.dedent("""
     start = time.monotonic()
     db = lazyreplica.connect(f"file://{sys.argv[3]}", hydrate=False, poll_interval=0)
     found["open"] = time.monotonic() - start
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    found["peak"] = peak_resident() / 1e6
     found["opened"] = resident()
     right = db.execute("SELECT id, mark FROM t ORDER BY id").fetchall() == marks(COUNT)
     (entry,) = registry._entries.values()

@@ -25,9 +25,10 @@ PAGE_SIZE = 64 << 10
 PETABYTE = 10**15 - 1
 
 OPEN = textwrap.dedent("""
-    import json, logging, resource, sys, apsw, lazyreplica
+    import json, logging, sys, apsw, lazyreplica
+    from support.memory import peak_resident
     logging.basicConfig(stream=sys.stdout, level=logging.WARNING)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     said = ""
     try:
         db = lazyreplica.connect(sys.argv[1], hydrate=True, poll_interval=0, **json.loads(sys.argv[2]))
@@ -36,7 +37,7 @@ OPEN = textwrap.dedent("""
     except apsw.Error as exc:
         said = f"{type(exc).__mro__}: {exc}"
     print(said)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    print((peak_resident() - before) / 1e6)
 """)
 
 
@@ -46,7 +47,8 @@ def open_hostile(replica: Path, tmp: Path, **options: object) -> tuple[str, floa
     done = subprocess.run(
         ["/bin/sh", "-c", 'ulimit -v 4000000; exec "$@"', "-", sys.executable, "-c", OPEN, f"file://{replica}",
          json.dumps(options)],
-        capture_output=True, text=True, timeout=60, env={**os.environ, "TMPDIR": str(tmp)}, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "TMPDIR": str(tmp), "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     *said, memory = done.stdout.splitlines()
