@@ -23,8 +23,9 @@ from lazyreplica.trees import Trees
 
 log = logging.getLogger(__name__)
 
-_BURST = 32
-"""Requests at once."""
+_BURST = 64
+"""Requests at once: all interior pages of a table of 100 MB."""
+_BURST_BYTES = 4 << 20
 _PATIENCE = 2.0
 """Seconds to wait for what somebody else is fetching."""
 
@@ -82,9 +83,8 @@ class Gatherer:
                 wanted.append(place)
             else:
                 yield from _decode((place,), whole, 0)
-        spans = join(wanted, FIRST)
-        for first in range(0, len(spans), _BURST):
-            for span, start, data in self._burst(spans[first : first + _BURST]):
+        for spans in _bursts(join(wanted, FIRST)):
+            for span, start, data in self._burst(spans):
                 yield from _decode(span.places, data, start)
 
     def _burst(self, spans: Iterable[Span]) -> Iterator[tuple[Span, int, Data]]:
@@ -129,6 +129,20 @@ class Gatherer:
                 return
             else:
                 return
+
+
+def _bursts(spans: Iterable[Span]) -> Iterator[list[Span]]:
+    """As many as are asked for at once."""
+    burst: list[Span] = []
+    size = 0
+    for span in spans:
+        size += span.end - span.start
+        if burst and (len(burst) == _BURST or size > _BURST_BYTES):
+            yield burst
+            burst, size = [], span.end - span.start
+        burst.append(span)
+    if burst:
+        yield burst
 
 
 def _decode(places: Iterable[Place], data: Data, base: int) -> Iterator[tuple[Place, bytes]]:

@@ -61,7 +61,7 @@ class Trees:
             self._memory += _memory(interior)
             for child in interior.children:
                 self._parents[child] = pgno
-            is_upper = pgno in self._tables or any(child in self._interiors for child in interior.children)
+            is_upper = pgno in self._tables or not self._interiors.keys().isdisjoint(interior.children)
             (self._upper if is_upper else self._lowest)[pgno] = None
             self._raise(self._parents.get(pgno, 0))
             while self._memory > _CAPACITY:
