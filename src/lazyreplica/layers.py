@@ -127,7 +127,8 @@ class Layers:
         """
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
-        new = [file for file in files if file not in here]
+        # What is read whole is taken in while the longest read, of the base's page index, is on its way.
+        new = sorted((file for file in files if file not in here), key=lambda file: not _is_read_whole(file, quick))
         for file, parts in zip(new, self._fetch(new, quick, timeout), strict=True):
             here[file] = self._read(file, parts, quick)
             if opened is not None:
