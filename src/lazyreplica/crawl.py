@@ -23,25 +23,26 @@ _INTERIOR = (btree.INTERIOR_INDEX, btree.INTERIOR_TABLE)
 def crawl(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> None:
     """Bring the schema, the roots, and the interior pages below them, as long as there are few enough.
 
-    A level of which nobody knows whether it is one of leaves is looked at through its first page. Never raises for
-    what storage does: what does not come is not there.
+    All pages of a level are of one kind. Where nobody knows which, its first page is looked at before the others are
+    asked for, while other trees go on. Never raises for what storage does: what does not come is not there.
     """
     left = _MOST
-    level = [[root] for root in _roots(snapshot, gatherer, trees)]
-    log.debug("%d b-trees in the schema", len(level))
-    while level and left > 0:
-        wanted = [pgno for pages in level for pgno in pages][:left]
+    known = [[root] for root in _roots(snapshot, gatherer, trees)]
+    unknown: list[list[int]] = []
+    log.debug("%d b-trees in the schema", len(known))
+    while (known or unknown) and left > 0:
+        wanted = [pgno for pages in known for pgno in pages] + [pages[0] for pages in unknown]
+        found = gatherer.gather(snapshot, wanted[:left])
         left -= len(wanted)
-        found = gatherer.gather(snapshot, wanted)
         below = []
-        for pages in level:
+        for pages in known:
             children = [c for p in pages if p in found and (i := trees.interior(p)) is not None for c in i.children]
             if children:
                 below.append(children)
-        # All pages of a level are of one kind.
-        probes = gatherer.gather(snapshot, [children[0] for children in below])
-        left -= len(probes)
-        level = [c for c in below if c[0] in probes and btree.kind(probes[c[0]], c[0]) in _INTERIOR]
+        known = [c for c in unknown if c[0] in found and btree.kind(found[c[0]], c[0]) in _INTERIOR]
+        unknown = []
+        for children in below:
+            (unknown if all(trees.interior(child) is None for child in children) else known).append(children)
 
 
 def _roots(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> list[int]:

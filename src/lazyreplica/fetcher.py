@@ -21,7 +21,7 @@ from lazyreplica.readahead import Readahead, Urgency
 from lazyreplica.readcounters import ReadCounters
 from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
-from lazyreplica.spans import FIRST, LIMIT, Place, Span, join, peek
+from lazyreplica.spans import FIRST, HURRY, LIMIT, Place, Span, join, peek
 from lazyreplica.storage import Store, waiting
 from lazyreplica.trees import Trees
 
@@ -166,7 +166,10 @@ class Fetcher:
 
     def _limit(self, reader: Reader) -> int:
         """Bytes of one request ahead: while one is used up, another is here and a third on its way."""
-        return max(FIRST, min(LIMIT, self._extents.share(reader.token) // 3))
+        share = self._extents.share(reader.token)
+        if self._extents.room(reader.token) > share // 4 * 3:
+            return HURRY
+        return max(FIRST, min(LIMIT, share // 3))
 
     def _start(self, spans: Iterable[Span], reader: Reader) -> None:
         for number, span in enumerate(spans):

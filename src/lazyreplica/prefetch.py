@@ -21,7 +21,8 @@ round trip of 20 ms and the transfer take."""
 _MOST = 2560
 """Pages that a stream is ahead at most, however small they are: each is remembered, in 130 bytes."""
 _START = 8
-_GROWTH = 8.0
+_GROWTH = 32.0
+"""From a few pages to what 60 MB/s bring during a round trip of 20 ms, and then to the limit."""
 _CAREFUL = 1.25
 """The same, after there was no room for what was announced."""
 _STREAMS = 8
@@ -81,7 +82,7 @@ class _Run(_Listed):
 class _Stream:
     """A sequence that somebody is reading. `left` pages of it were announced and not read yet."""
 
-    __slots__ = ("asked", "back", "growth", "last", "left", "source", "window")
+    __slots__ = ("asked", "back", "full", "growth", "last", "left", "source", "window")
 
     def __init__(self, source: _Source, window: int, last: int) -> None:
         self.source = source
@@ -89,7 +90,8 @@ class _Stream:
         """How many pages to be ahead."""
         self.growth = _GROWTH
         self.last = last
-        self.left = 0
+        self.left = self.full = 0
+        """Now, and when more was announced for the last time."""
         self.back: list[int] = []
         """Announced, and not taken: the next ones to announce."""
         self.asked: set[int] = set()
@@ -163,7 +165,7 @@ class Reader:
             return self._begin(pgno)
         stream.left -= 1
         stream.last = pgno
-        if stream.left * 4 > stream.window * 3:
+        if stream.left * 4 > stream.full * 3:  # not the window's: near its end a sequence has no more to give
             return _NONE
         if isinstance(stream.source, _Run) and self._is_in_tree(pgno):
             self._end(stream)
@@ -199,6 +201,7 @@ class Reader:
         for pgno in pages:
             self._expected[pgno] = stream
         stream.left += len(pages)
+        stream.full = stream.left
         if stream.source.missing:
             new = [pgno for pgno in stream.source.missing if pgno not in stream.asked]
             stream.asked = set(stream.source.missing)

@@ -135,13 +135,11 @@ class Replica:
         """What makes the first minutes better, in a thread of its own, once the one who opened us has begun to read."""
         if self._closing.wait(_GRACE):
             return
-        try:
-            # First, while it makes the first queries faster: what is to be verified are megabytes.
-            if "interior" in self.options.prefetch:
-                crawl(snapshot, self._gatherer, self._trees)
-        finally:
-            for layer in snapshot.pages.layers():
-                self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
+        # These come first, and stay as far as there is room: the next queries find their pages here.
+        for layer in snapshot.pages.layers():
+            self._readahead.do(partial(self._verify, layer), Urgency.PERHAPS)
+        if "interior" in self.options.prefetch:
+            crawl(snapshot, self._gatherer, self._trees)
 
     def _verify(self, layer: Layer) -> None:
         """Verify a file that was opened in haste."""

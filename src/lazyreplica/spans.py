@@ -12,6 +12,8 @@ GAP = 64 << 10
 """Frames that are not wanted are read over up to this many bytes in a row: 1 ms of transfer, against a round trip."""
 LIMIT = 2 << 20
 """Bytes of one request ahead."""
+HURRY = 512 << 10
+"""The same while little is ahead of the reader: over several connections it comes sooner."""
 FIRST = 256 << 10
 """Bytes of the request that somebody waits for: what is behind it comes beside it."""
 

@@ -110,6 +110,7 @@ def test_a_scan_gets_ahead_faster_and_faster_up_to_the_limit(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prefetch, "AHEAD", 200 * PAGE_SIZE)
+    monkeypatch.setattr(prefetch, "_GROWTH", 4.0)  # in a small database, too, more than one step
     leaves = database.trees["t"].leaves
     announced = read(a_reader(database.known()), database, leaves)
     assert announced[0] == []
@@ -119,7 +120,24 @@ def test_a_scan_gets_ahead_faster_and_faster_up_to_the_limit(
     growing = ahead[: ahead.index(200) + 1]
     assert growing == sorted(growing)
     assert len(growing) > 2
-    assert all(1.5 * before <= after <= 8 * before for before, after in itertools.pairwise(growing[:-1]))
+    assert all(1.5 * before <= after <= 4 * before for before, after in itertools.pairwise(growing[:-1]))
+
+
+def test_what_comes_next_is_asked_for_a_few_times_near_the_end_of_a_scan(database: Database) -> None:
+    """Not at each of its last pages: there is nothing more to announce, and looking for it costs 10 us."""
+    reader = a_reader(database.known())
+    asked = 0
+    beyond = reader.trees.beyond
+
+    def count(*args: int) -> tuple[list[int], int | None]:
+        nonlocal asked
+        asked += 1
+        return beyond(*args)
+
+    reader.trees.beyond = count  # type: ignore[method-assign]
+    leaves = database.trees["t"].leaves
+    read(reader, database, leaves)
+    assert len(leaves) > 150 and asked < 40
 
 
 @pytest.mark.parametrize("page_size", [512, 4096, 65536])
