@@ -146,9 +146,13 @@ class Bench:
             "hydration_path": str(directory / "hydrated.db"),
             **options,
         }
-        env = {**clean_environment(), **self._server.env, **environment(contender, target)}
-        with running(target, {**env, "PYTHONPATH": str(self._code)}, directory / "stderr") as worker:
+        env = {**self.environment(), **environment(contender, target)}
+        with running(target, env, directory / "stderr") as worker:
             yield worker
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs that runs the measured code, or asks the server."""
+        return {**clean_environment(), **self._server.env, "PYTHONPATH": str(self._code)}
 
     def link(self, link: Link) -> None:
         """How connections behave that are made from now on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from enum import Enum, auto
+from typing import Protocol
 
 from lazyreplica.clock import now
 
@@ -20,8 +21,18 @@ FILE = 250
 """The same for a whole file."""
 _STALE = 1.0
 """Seconds after which what was read ahead, and came, and nobody used, was read ahead in vain."""
+_QUIET = 0.5
+"""Seconds after which an owner that neither sends for anything nor gets on has no share of what it has not; when its
+transaction has ended it has none at once."""
 _GRANULE = 18
 """Extents are found by the 256 KiB pieces of their file that they touch."""
+
+
+class Owner(Protocol):
+    """Who reads, and reads ahead."""
+
+    reading: bool
+    """Whether it still does."""
 
 
 class State(Enum):
@@ -39,7 +50,7 @@ class Extent:
 
     __slots__ = ("ahead", "arrived", "data", "end", "number", "owner", "since", "start", "state")
 
-    def __init__(self, number: int, start: int, end: int, state: State, owner: object | None) -> None:
+    def __init__(self, number: int, start: int, end: int, state: State, owner: Owner | None) -> None:
         self.number = number
         """The layer's."""
         self.start = start
@@ -88,9 +99,11 @@ class Extents:
         self._passing_size = 0
         self._flying_size = 0
         """Of those without an owner."""
-        self._ahead: dict[object, int] = {}
+        self._ahead: dict[Owner, int] = {}
         """Owner -> bytes of memory of what is theirs."""
-        self._current: dict[object, Extent] = {}
+        self._lately: dict[Owner, float] = {}
+        """Those owners -> when they sent for something, or began with another extent."""
+        self._current: dict[Owner, Extent] = {}
         """Reader -> the extent that it has used last."""
         self._places: dict[tuple[int, int], list[Extent]] = {}
         self._lock = threading.Lock()
@@ -125,15 +138,17 @@ class Extents:
         """Bytes that all of it takes, what is under way included."""
         return self._whole_size + self._passing_size
 
-    def share(self, owner: object) -> int:
+    def share(self, owner: Owner) -> int:
         """Bytes that `owner` may have sent for and not used yet."""
         with self._lock:
             return self._share(owner)
 
-    def _share(self, owner: object) -> int:
-        return self._passing_total * 4 // 5 // (len(self._ahead) + (owner not in self._ahead))
+    def _share(self, owner: Owner) -> int:
+        quiet = now() - _QUIET
+        others = sum(each.reading and when > quiet for each, when in self._lately.items() if each is not owner)
+        return self._passing_total * 4 // 5 // (others + 1)
 
-    def room(self, owner: object) -> int:
+    def room(self, owner: Owner) -> int:
         """Bytes that `owner` may send for now."""
         with self._lock:
             self._give_up_stale()
@@ -149,7 +164,7 @@ class Extents:
             if extent not in current:
                 self._disown(extent)
 
-    def use(self, extent: Extent, reader: object) -> None:
+    def use(self, extent: Extent, reader: Owner) -> None:
         """The reader has taken a page out of that extent, and is done with the one that it used before. 0.1 us."""
         before = self._current.get(reader)
         if before is extent:
@@ -159,6 +174,8 @@ class Extents:
                 self._disown(before)
             if extent in self._used:
                 self._used.move_to_end(extent)
+            if reader in self._lately:
+                self._lately[reader] = now()
             if extent in self._used or extent in self._owned:
                 self._current[reader] = extent
             else:
@@ -173,11 +190,12 @@ class Extents:
     def _release(self, extent: Extent) -> None:
         """It takes nobody's share any more."""
         owner, extent.owner = extent.owner, None
+        assert owner is not None, "who calls has found it among those with one"
         left = self._ahead[owner] - extent.memory
         if left:
             self._ahead[owner] = left
         else:
-            del self._ahead[owner]
+            del self._ahead[owner], self._lately[owner]
 
     def find(self, number: int, start: int, end: int) -> Extent | None:
         """An extent, here or on its way, that has all of start <= offset < end."""
@@ -197,7 +215,7 @@ class Extents:
         end: int,
         state: State,
         inner: tuple[int, int],
-        owner: object | None = None,
+        owner: Owner | None = None,
     ) -> tuple[Extent, bool]:
         """A new extent for start..end, and True; or the one that covers the range `inner` already, and False.
 
@@ -279,6 +297,8 @@ class Extents:
         else:
             self._owned[extent] = None
             self._ahead[extent.owner] = self._ahead.get(extent.owner, 0) + extent.memory
+            self._lately[extent.owner] = now()
+            extent.owner.reading = True
         for granule in range(extent.start >> _GRANULE, (extent.end - 1 >> _GRANULE) + 1):
             self._places.setdefault((extent.number, granule), []).append(extent)
 

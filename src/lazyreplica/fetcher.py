@@ -165,16 +165,20 @@ class Fetcher:
             self._start(join(self._places(snapshot, pages), self._limit(reader)), reader)
 
     def _limit(self, reader: Reader) -> int:
-        """Bytes of one request ahead: while one is used up, another is here and a third on its way."""
+        """Bytes of one request ahead: while one is used up, another is here and two are on their way."""
         share = self._extents.share(reader.token)
         if self._extents.room(reader.token) > share // 4 * 3:
             return HURRY
-        return max(FIRST, min(LIMIT, share // 3))
+        return max(FIRST, min(LIMIT, share // 4))
 
     def _start(self, spans: Iterable[Span], reader: Reader) -> None:
+        full = False
+        refused: list[int] = []
         for number, span in enumerate(spans):
-            if number >= _REQUESTS or span.end - span.start + EXTENT > self._extents.room(reader.token):
-                reader.refused(span.pgnos)
+            # What is needed later waits behind what has no room: else the reader would come to a gap.
+            full = full or number >= _REQUESTS or span.end - span.start + EXTENT > self._extents.room(reader.token)
+            if full:
+                refused += span.pgnos
                 continue
             extent, new = self._extents.begin(
                 span.layer.number, span.start, span.end, State.WAITING, (span.start, span.end), reader.token
@@ -182,7 +186,8 @@ class Fetcher:
             if new:
                 self._extents.announce(extent, len(span.places))
                 if not self._bring(span, extent, reader.trees):
-                    reader.refused(span.pgnos)
+                    refused += span.pgnos
+        reader.refused(refused)
 
     def _bring(self, span: Span, extent: Extent, trees: Trees) -> bool:
         """Let a thread fetch an extent, and learn from the interior pages in it that somebody waits for."""

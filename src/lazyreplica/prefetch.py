@@ -23,8 +23,10 @@ _MOST = 2560
 _START = 8
 _GROWTH = 32.0
 """From a few pages to what 60 MB/s bring during a round trip of 20 ms, and then to the limit."""
-_CAREFUL = 1.25
+_CAREFUL = 2.0
 """The same, after there was no room for what was announced."""
+_GAP = 256
+"""Pages that are announced at once when a reader comes to one that was refused, however many others are ahead."""
 _STREAMS = 8
 _UNCLES = 7
 """Interior pages that are sent for together with the next one."""
@@ -92,10 +94,20 @@ class _Stream:
         self.last = last
         self.left = self.full = 0
         """Now, and when more was announced for the last time."""
-        self.back: list[int] = []
-        """Announced, and not taken: the next ones to announce."""
+        self.back: dict[int, None] = {}
+        """Announced, and refused: the next ones to announce."""
         self.asked: set[int] = set()
         """What the source is missing, and was announced beside it."""
+
+
+class Token:
+    """A reader, as those see it who share out what there is to share."""
+
+    __slots__ = ("reading",)
+
+    def __init__(self) -> None:
+        self.reading = False
+        """Set when pages are fetched for it; unset when its transaction has ended."""
 
 
 class Reader:
@@ -103,13 +115,15 @@ class Reader:
 
     def __init__(self, trees: Trees, page_size: int, techniques: frozenset[str]) -> None:
         """`page_size` in bytes."""
-        self.token = object()
+        self.token = Token()
         """Names this reader to those who share out what there is to share."""
         self.trees = self._trees = trees
         """What is known of the database that is read."""
         self._limit = max(_START, min(AHEAD // page_size, _MOST))
         self._techniques = techniques
         self._expected: dict[int, _Stream] = {}
+        self._refused: dict[int, _Stream] = {}
+        """Pages that were announced, and nobody fetches: whoever reads one goes on with its stream."""
         self._streams: list[_Stream] = []
         """Most recent last."""
         self._seen: OrderedDict[int, int] = OrderedDict()
@@ -161,17 +175,24 @@ class Reader:
         0.3 us inside of a stream.
         """
         self._reading = stream = self._expected.pop(pgno, None)
-        if stream is None:
-            return self._begin(pgno)
-        stream.left -= 1
+        gap = stream is None
+        if stream is not None:
+            stream.left -= 1
+        else:
+            stream = self._refused.pop(pgno, None)
+            if stream is None:
+                return self._begin(pgno)
+            del stream.back[pgno]
         stream.last = pgno
-        if stream.left * 4 > stream.full * 3:  # not the window's: near its end a sequence has no more to give
+        if (
+            not gap and stream.left * 4 > stream.full * 3
+        ):  # not the window's: near its end a sequence has no more to give
             return _NONE
         if isinstance(stream.source, _Run) and self._is_in_tree(pgno):
             self._end(stream)
             return self._begin(pgno)
         stream.window = min(int(stream.window * stream.growth), self._limit)
-        pages = self._announce(stream)
+        pages = self._announce(stream, _GAP if gap else 0)
         if not stream.left:
             self._remember(pgno, stream.window)
         return pages
@@ -184,17 +205,28 @@ class Reader:
         return [pgno for pgno, owner in self._expected.items() if owner is stream]
 
     def refused(self, pages: Iterable[int]) -> None:
-        """Those announced pages are not fetched ahead after all (no room)."""
+        """Those announced pages, soonest first, are not fetched ahead after all (no room)."""
+        found: dict[_Stream, list[int]] = {}
         for pgno in pages:
             stream = self._expected.pop(pgno, None)
             if stream is not None:
-                stream.left -= 1
-                stream.back.append(pgno)
-                stream.window, stream.growth = max(_START, stream.left), _CAREFUL
+                found.setdefault(stream, []).append(pgno)
+        for stream, mine in found.items():
+            for pgno in mine:
+                if pgno in self._refused:
+                    del self._refused[pgno].back[pgno]
+                self._refused[pgno] = stream
+            # What was announced is needed before what waits to be announced.
+            stream.back = {**dict.fromkeys(mine), **stream.back}
+            stream.left = stream.full = stream.left - len(mine)
+            stream.window, stream.growth = max(_START, stream.left), _CAREFUL
 
-    def _announce(self, stream: _Stream) -> list[int]:
-        wanted = stream.window - stream.left
-        pages, stream.back = stream.back[:wanted], stream.back[wanted:]
+    def _announce(self, stream: _Stream, least: int = 0) -> list[int]:
+        """More pages, up to the window; of those that were refused at least so many."""
+        wanted = max(stream.window - stream.left, min(least, len(stream.back)))
+        pages = list(islice(stream.back, wanted))
+        for pgno in pages:
+            del stream.back[pgno], self._refused[pgno]
         if len(pages) < wanted:
             pages += stream.source.take(wanted - len(pages))
         pages = [pgno for pgno in pages if pgno not in self._expected]
@@ -237,7 +269,9 @@ class Reader:
         self._streams.remove(stream)
         for pgno in [pgno for pgno, owner in self._expected.items() if owner is stream]:
             del self._expected[pgno]
-        stream.left = 0
+        for pgno in stream.back:
+            del self._refused[pgno]
+        stream.left, stream.back = 0, {}
 
     def _is_in_tree(self, pgno: int) -> bool:
         """Whether the page's siblings are known better than by their numbers."""

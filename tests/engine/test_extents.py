@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lazyreplica.extents import EXTENT, FILE, Extent, Extents, State
+from lazyreplica.prefetch import Token
 
 TOTAL = 1_000_000
 GRANULE = 256 << 10
 T = TypeVar("T")
 
 numbers = st.integers(1, 3)
-readers = st.integers(1, 3)
+readers = st.sampled_from([Token() for _ in range(3)])
 starts = st.one_of(
     st.integers(0, 1_200_000), st.builds(lambda n, off: n * GRANULE + off, st.integers(1, 4), st.integers(-3, 3))
 )
@@ -46,8 +47,8 @@ class Machine(RuleBasedStateMachine):
         self.used: list[Extent] = []
         self.owned: list[Extent] = []
         """Sent for by a reader, and not used up yet."""
-        self.owners: dict[Extent, int] = {}
-        self.current: dict[int, Extent] = {}
+        self.owners: dict[Extent, Token] = {}
+        self.current: dict[Token, Extent] = {}
         self.gone: list[Extent] = []
         self.whole: list[tuple[int, bytes]] = []
 
@@ -84,7 +85,7 @@ class Machine(RuleBasedStateMachine):
         after=st.integers(0, 500),
         owner=st.one_of(st.none(), readers),
     )
-    def begin(self, number: int, start: int, size: int, before: int, after: int, owner: int | None) -> None:
+    def begin(self, number: int, start: int, size: int, before: int, after: int, owner: Token | None) -> None:
         inner, outer = (start, start + size), (max(0, start - before), start + size + after)
         extent, new = self.extents.begin(number, *outer, State.WAITING, inner, owner)
         covering = [e for e in self.live if e.number == number and e.start <= inner[0] and inner[1] <= e.end]
@@ -102,7 +103,7 @@ class Machine(RuleBasedStateMachine):
             assert extent in covering
 
     @rule(which=st.integers(0), reader=readers)
-    def use(self, which: int, reader: int) -> None:
+    def use(self, which: int, reader: Token) -> None:
         """Who goes on to another extent is done with the last one. One that is gone may still be read."""
         extents = [extent for extent in self.live + self.gone if extent.state is State.HERE]
         if not extents:
@@ -264,7 +265,7 @@ def test_what_was_used_goes_before_what_was_read_ahead() -> None:
     assert [bool(extents.find(1, start, start + 10)) for start in (0, 250, 500, 750, 5000)] == [False] + [True] * 4
 
 
-def arrive(extents: Extents, start: int, size: int, owner: object) -> Extent:
+def arrive(extents: Extents, start: int, size: int, owner: Token) -> Extent:
     extent, new = extents.begin(1, start, start + size, State.WAITING, (start, start + size), owner)
     assert new
     assert extents.claim(extent)
@@ -276,33 +277,53 @@ def test_those_who_read_ahead_have_equal_shares(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("lazyreplica.extents._STALE", 1e9)
     extents = Extents(0, TOTAL)
     most = TOTAL * 4 // 5
-    assert extents.room("a") == most
-    mine = [arrive(extents, start, 100_000 - EXTENT, "a") for start in range(0, 800_000, 100_000)]
-    assert extents.room("a") == 0
-    assert extents.room("b") == 0, "nothing of what is about to be read is pushed out"
+    a, b = Token(), Token()
+    assert extents.room(a) == most
+    mine = [arrive(extents, start, 100_000 - EXTENT, a) for start in range(0, 800_000, 100_000)]
+    assert extents.room(a) == 0
+    assert extents.room(b) == 0, "nothing of what is about to be read is pushed out"
     for extent in mine[:6]:
-        extents.use(extent, "a")
-    assert extents.room("a") == 500_000, "what is read at the moment counts as not used yet"
-    assert extents.share("b") == extents.room("b") == most // 2
-    others = [arrive(extents, start, 100_000 - EXTENT, "b") for start in range(1_000_000, 1_400_000, 100_000)]
-    assert extents.room("b") == 0
-    assert extents.room("a") == most // 2 - 300_000
+        extents.use(extent, a)
+    assert extents.room(a) == 500_000, "what is read at the moment counts as not used yet"
+    assert extents.share(b) == extents.room(b) == most // 2
+    others = [arrive(extents, start, 100_000 - EXTENT, b) for start in range(1_000_000, 1_400_000, 100_000)]
+    assert extents.room(b) == 0
+    assert extents.room(a) == most // 2 - 300_000
     assert all(extents.find(1, extent.start, extent.end) for extent in mine[5:] + others)
+
+
+def test_who_has_ended_or_stands_still_has_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    extents = Extents(0, TOTAL)
+    most = TOTAL * 4 // 5
+    a, b = Token(), Token()
+    rest = arrive(extents, 0, 100_000 - EXTENT, a)
+    assert extents.share(b) == most // 2
+    a.reading = False
+    assert extents.share(b) == most
+    assert extents.room(b) == most - 100_000, "what it has it keeps"
+    arrive(extents, 200_000, 100_000 - EXTENT, a)
+    assert extents.share(b) == most // 2, "it reads again"
+    monkeypatch.setattr("lazyreplica.extents._QUIET", 0.0)
+    assert extents.share(b) == most
+    monkeypatch.undo()
+    extents.use(rest, a)
+    assert extents.share(b) == most // 2, "it gets on"
 
 
 def test_what_nobody_came_for_takes_no_room_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     extents = Extents(0, TOTAL)
+    a, b = Token(), Token()
     for start in range(0, 800_000, 100_000):
-        arrive(extents, start, 100_000 - EXTENT, "a")
-    assert extents.room("b") == 0
+        arrive(extents, start, 100_000 - EXTENT, a)
+    assert extents.room(b) == 0
     monkeypatch.setattr("lazyreplica.extents._STALE", 0.0)
-    assert extents.room("b") == TOTAL * 4 // 5
+    assert extents.room(b) == TOTAL * 4 // 5
     assert extents.find(1, 0, 50), "as long as there is room"
 
 
 def test_with_no_room_at_all_a_demand_read_still_gets_its_bytes() -> None:
     extents = Extents(0, 0)
-    assert extents.room("reader") <= 0
+    assert extents.room(Token()) <= 0
     extent, new = extents.begin(1, 0, 500, State.WAITING, (0, 500))
     assert new
     assert extents.claim(extent)
@@ -376,11 +397,11 @@ def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None
     bad: list[Extent] = []
 
     def work(number: int) -> None:
-        rng = random.Random(f"{seed} {number}")
+        rng, token = random.Random(f"{seed} {number}"), Token()
         for _ in range(400):
             layer, start = rng.randrange(1, 4), rng.randrange(0, 600_000)
             end = start + rng.randrange(1, 20_000)
-            owner = rng.choice([None, number, number])
+            owner = rng.choice([None, token, token])
             extent, _ = extents.begin(layer, start, end, State.WAITING, (start, start + 1), owner)
             if extents.claim(extent):
                 if rng.random() < 0.2:
@@ -390,7 +411,7 @@ def test_any_mixture_from_many_threads_leaves_the_books_right(seed: int) -> None
             if extent.state is State.HERE and extent.data != layer.to_bytes(1) * len(extent):
                 bad.append(extent)
             if extent.state is State.HERE:
-                extents.use(extent, number)
+                extents.use(extent, token)
             match rng.randrange(12):
                 case 0:
                     extents.drop(layer)

@@ -22,7 +22,7 @@ from lazyreplica.extents import EXTENT
 from lazyreplica.ltx import decode_file, encode_index
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
-from lazyreplica.prefetch import Reader
+from lazyreplica.prefetch import Reader, Token
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import StoredFile
@@ -56,7 +56,7 @@ class Expecting:
 
     def __init__(self, *pages: int) -> None:
         self.asked = threading.Event()
-        self.token = object()
+        self.token = Token()
         self.trees = Trees(PAGE_SIZE)
         self._pages = pages
 

@@ -78,6 +78,7 @@ def check(reader: Reader) -> None:
         assert stream.left >= 0
         assert stream.window <= reader._limit
         assert len(stream.back) <= reader._limit
+    assert reader._refused == {pgno: stream for stream in streams for pgno in stream.back}
 
 
 def windows(pages: Sequence[int], announced: Iterable[Iterable[int]]) -> list[int]:
@@ -121,6 +122,27 @@ def test_a_scan_gets_ahead_faster_and_faster_up_to_the_limit(
     assert growing == sorted(growing)
     assert len(growing) > 2
     assert all(1.5 * before <= after <= 4 * before for before, after in itertools.pairwise(growing[:-1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(8, 300), min_size=1, max_size=5), st.sampled_from([1, -1]))
+def test_a_scan_with_little_room_reads_few_pages_alone(database: Database, rooms: list[int], direction: int) -> None:
+    """Regression: a scan that had been refused room went on with windows of a few pages for good, or page by page."""
+    leaves = database.trees["t"].leaves[::direction]
+    reader = a_reader(database.known())
+    ahead: set[int] = set()
+    alone = 0
+    for at, pgno in enumerate(leaves):
+        room = rooms[at * len(rooms) // len(leaves)]
+        announced = list(reader.reads(pgno))
+        alone += pgno not in ahead
+        ahead.discard(pgno)
+        accepted = announced[: max(0, room - len(ahead))]
+        ahead.update(accepted)
+        reader.refused(announced[len(accepted) :])
+        reader.saw(pgno, database.page(pgno))
+        check(reader)
+    assert alone <= 4
 
 
 def test_what_comes_next_is_asked_for_a_few_times_near_the_end_of_a_scan(database: Database) -> None:

@@ -152,6 +152,7 @@ class ReplicaFile:
     def xUnlock(self, level: int) -> None:
         if level == _NONE and self._locks:
             self._hold.active = False
+            self._reader.token.reading = False
             if self._kept is not None:
                 self._unpin()
 
