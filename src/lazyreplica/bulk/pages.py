@@ -5,12 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 _MOST_VECTORS = 1024
 """POSIX lets a system define less than that, Linux and macOS do not."""
+_WRITE_BACK = 8 << 20
+"""Bytes after which the system is told to bring what was written to the disk: of 587 MB that are synced at the end that
+takes 0.45 s instead of 0.7."""
 _RUN = re.compile(rb"\x01+")
 
 
@@ -24,6 +28,8 @@ class PageFile:
         self._file = os.open(database, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         with presence.open("r+b") as file:
             self._presence = mmap.mmap(file.fileno(), 0)
+        self._fresh = (0, 0)
+        """Begin and end of the bytes that were written last, in a row, and that the system was told nothing of."""
 
     @property
     def page_count(self) -> int:
@@ -40,7 +46,17 @@ class PageFile:
             if done < size:  # a disk that is nearly full: what is left fails, or goes in
                 self._write_rest(memoryview(b"".join(some))[done:], offset + done)
             offset += size
+        self._write_back((first - 1) * self._page_size, offset)
         self._presence[first - 1 : first - 1 + len(pages)] = b"\1" * len(pages)
+
+    def _write_back(self, start: int, end: int) -> None:
+        """Begin to bring bytes to the disk, and wait for nothing: `fdatasync` would, for all of them."""
+        fresh = self._fresh[0] if start == self._fresh[1] else start
+        if end - fresh >= _WRITE_BACK and sys.platform == "linux":
+            # Pages that are dirty, as these are, begin to be written, and stay in the cache.
+            os.posix_fadvise(self._file, fresh, end - fresh, os.POSIX_FADV_DONTNEED)
+            fresh = end
+        self._fresh = fresh, end
 
     def _pwritev(self, pages: list[bytes], offset: int) -> int:
         try:
