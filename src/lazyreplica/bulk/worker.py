@@ -17,7 +17,7 @@ from lazyreplica.storage import open_store
 from lazyreplica.storage.credentials import from_texts
 
 PAUSE, RESUME = b"p", b"r"
-_NICE = 5
+_NICE = 10
 _LOOK = 50
 """Milliseconds between two looks whether the parent still lives. The pipe's end tells at once, unless a process that
 the parent forked holds it open."""
