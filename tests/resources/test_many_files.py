@@ -125,7 +125,7 @@ MEASURE = textwrap.dedent("""
 @pytest.mark.slow
 def test_a_hundred_thousand_files_open_in_bounded_time_and_memory(tmp_path: Path) -> None:
     """0.2 ms a file to open it, and 1 KB of memory for what a listing says of it. Files whose pages are all superseded
-    cost nothing else: only 6 MiB of what was read is kept, and a layer only while a page may come from it."""
+    cost nothing else: only 9 MiB of what was read is kept, and a layer only while a page may come from it."""
     count = 100_000
     found = _measure(tmp_path, count, 3)
     assert found["right"]
