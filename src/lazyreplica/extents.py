@@ -104,7 +104,7 @@ class Extents:
         self._lately: dict[Owner, float] = {}
         """Those owners -> when they sent for something, or began with another extent."""
         self._current: dict[Owner, Extent] = {}
-        """Reader -> the extent that it has used last."""
+        """Reader that is reading -> the extent that it has used last."""
         self._places: dict[tuple[int, int], list[Extent]] = {}
         self._lock = threading.Lock()
         self.pages_ahead = self.pages_unused = 0
@@ -158,6 +158,8 @@ class Extents:
     def _give_up_stale(self) -> None:
         """Nobody came for them: a scan was ended, or a guess was wrong."""
         before = now() - _STALE
+        for reader in [reader for reader in self._current if not reader.reading]:
+            del self._current[reader]
         stale = [each for each in self._owned if each.state is State.HERE and each.since < before]
         current = set(self._current.values())
         for extent in stale:
@@ -169,6 +171,7 @@ class Extents:
         before = self._current.get(reader)
         if before is extent:
             return
+        reader.reading = True
         with self._lock:
             if before is not None:
                 self._disown(before)

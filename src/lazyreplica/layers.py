@@ -120,15 +120,18 @@ class Layers:
         """Open the files of a chain, all requests at once, and check that they belong together.
 
         `quick`: somebody waits, so what is large is not verified yet (see `verify`), and connections were prepared.
-        `opened` is told of each file that is read, while others are still on their way. `timeout`: seconds for all of
-        them, if less than usual; without, a chain of very many files takes the time it needs.
+        `opened` is told of each file that is read, while others may still be on their way. `timeout`: seconds for all
+        of them, if less than usual; without, a chain of very many files takes the time it needs.
 
         Raises `FileVanished` when a listed file is gone (plan again), `LTXError` or `ReplicaDamaged` for bad ones.
         """
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
-        # What is read whole is taken in while the longest read, of the base's page index, is on its way.
-        new = sorted((file for file in files if file not in here), key=lambda file: not _is_read_whole(file, quick))
+        new = [file for file in files if file not in here]
+        if sum(len(_stretches(file, quick)) for file in new) <= self._store.parallel:
+            # All are asked for at once: what is read whole is taken in while the longest read, of the base's page
+            # index, is on its way. Of more, the longest has to begin first.
+            new.sort(key=lambda file: not _is_read_whole(file, quick))
         for file, parts in zip(new, self._fetch(new, quick, timeout), strict=True):
             here[file] = self._read(file, parts, quick)
             if opened is not None:

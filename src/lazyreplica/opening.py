@@ -108,7 +108,7 @@ def list_files(store: Store, timeout: float) -> tuple[StoredFile, ...]:
 
 
 def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
-    """While the rest of the chain is on its way: fetch the roots of all b-trees from its base.
+    """As soon as its base is here: fetch the roots of all b-trees, while the rest of the chain may be on its way.
 
     SQLite reads sqlite_stat1 together with the schema, and the root of every table that is queried. Newer files may
     hold newer ones; then these were fetched in vain.

@@ -20,6 +20,8 @@ from lazyreplica.storage import StoredFile
 
 _AT_ONCE = 64
 """Layers that `stack` joins at once."""
+_SMALL = 4096
+"""Pages of a layer that it joins so: a larger one stays what it is, unless as large a one lies upon it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -118,6 +120,11 @@ class PageMap:
             return PageMap((_Single(layer),))
         return self._with_run(_Single(layer))
 
+    def _with_joined(self, above: list[_Single]) -> PageMap:
+        if not above:
+            return self
+        return self._with_run(_join(above) if len(above) > 1 else above[0])
+
     def _with_run(self, run: _Run | _Single) -> PageMap:
         runs = [run, *self._runs]
         # The last run is the base (a whole database): joining it would copy it, and it is never far away.
@@ -155,8 +162,10 @@ def stack(layers: Iterable[Layer]) -> PageMap:
     for layer in layers:
         if layer.holds_everything:
             page_map, above = PageMap((_Single(layer),)), []
+        elif len(layer.index) > _SMALL:
+            page_map, above = page_map._with_joined(above).with_layer(layer), []
         else:
             above.append(_Single(layer))
-        if len(above) == _AT_ONCE:  # not all: a layer whose pages are superseded is to be forgotten soon
-            page_map, above = page_map._with_run(_join(above)), []
-    return page_map._with_run(_join(above)) if above else page_map
+            if len(above) == _AT_ONCE:  # not all: a layer whose pages are superseded is to be forgotten soon
+                page_map, above = page_map._with_joined(above), []
+    return page_map._with_joined(above)

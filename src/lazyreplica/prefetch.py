@@ -111,7 +111,11 @@ class Token:
 
 
 class Reader:
-    """The predictor of one open database. Not thread-safe: SQLite reads a connection's database one page at a time."""
+    """The predictor of one open database. Not thread-safe: SQLite reads a connection's database one page at a time.
+
+    A KeyboardInterrupt may come between any two of its steps. Then it predicts worse, and raises nothing: what is to
+    be removed need not be there.
+    """
 
     def __init__(self, trees: Trees, page_size: int, techniques: frozenset[str]) -> None:
         """`page_size` in bytes."""
@@ -182,7 +186,7 @@ class Reader:
             stream = self._refused.pop(pgno, None)
             if stream is None:
                 return self._begin(pgno)
-            del stream.back[pgno]
+            stream.back.pop(pgno, None)
         stream.last = pgno
         if (
             not gap and stream.left * 4 > stream.full * 3
@@ -205,28 +209,36 @@ class Reader:
         return [pgno for pgno, owner in self._expected.items() if owner is stream]
 
     def refused(self, pages: Iterable[int]) -> None:
-        """Those announced pages, soonest first, are not fetched ahead after all (no room)."""
+        """Those announced pages are not fetched ahead after all (no room)."""
+        rest = set(pages)
+        if not rest:
+            return
         found: dict[_Stream, list[int]] = {}
-        for pgno in pages:
-            stream = self._expected.pop(pgno, None)
-            if stream is not None:
+        for pgno, stream in self._expected.items():  # in the order in which they are needed
+            if pgno in rest:
                 found.setdefault(stream, []).append(pgno)
         for stream, mine in found.items():
+            rest.difference_update(mine)
             for pgno in mine:
-                if pgno in self._refused:
-                    del self._refused[pgno].back[pgno]
+                self._expected.pop(pgno, None)
+                other = self._refused.get(pgno)
+                if other is not None:
+                    other.back.pop(pgno, None)
                 self._refused[pgno] = stream
             # What was announced is needed before what waits to be announced.
             stream.back = {**dict.fromkeys(mine), **stream.back}
             stream.left = stream.full = stream.left - len(mine)
             stream.window, stream.growth = max(_START, stream.left), _CAREFUL
+        for stream in self._streams:
+            stream.asked -= rest  # they may be asked for again
 
     def _announce(self, stream: _Stream, least: int = 0) -> list[int]:
         """More pages, up to the window; of those that were refused at least so many."""
         wanted = max(stream.window - stream.left, min(least, len(stream.back)))
         pages = list(islice(stream.back, wanted))
         for pgno in pages:
-            del stream.back[pgno], self._refused[pgno]
+            stream.back.pop(pgno, None)
+            self._refused.pop(pgno, None)
         if len(pages) < wanted:
             pages += stream.source.take(wanted - len(pages))
         pages = [pgno for pgno in pages if pgno not in self._expected]
@@ -266,11 +278,11 @@ class Reader:
         return pages
 
     def _end(self, stream: _Stream) -> None:
-        self._streams.remove(stream)
-        for pgno in [pgno for pgno, owner in self._expected.items() if owner is stream]:
-            del self._expected[pgno]
-        for pgno in stream.back:
-            del self._refused[pgno]
+        if stream in self._streams:
+            self._streams.remove(stream)
+        for pages in (self._expected, self._refused):
+            for pgno in [pgno for pgno, owner in pages.items() if owner is stream]:
+                pages.pop(pgno, None)
         stream.left, stream.back = 0, {}
 
     def _is_in_tree(self, pgno: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -39,7 +40,7 @@ from lazyreplica.bulk import (
     WorkerLost,
 )
 from lazyreplica.bulk.job import decode_event, encode_event, encode_job, read_job
-from lazyreplica.bulk.pages import runs
+from lazyreplica.bulk.pages import PageFile, runs
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, Compression, FileName, Header, decode_file, encode_file
 from lazyreplica.storage import StoredFile, open_store
 from support.servers import S3Server
@@ -582,7 +583,7 @@ def test_the_child_holds_no_lock_of_its_parent_and_yields_the_cpu(tmp_path: Path
     with serving(bytes(1000), stall) as (url, file), loading(target.job(url, [(file, [1])])) as loader:
         assert asked.wait(ALWAYS)
         nice = os.getpriority(os.PRIO_PROCESS, pid_of(loader))
-        assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+        assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
         os.close(lock)
         with (tmp_path / "lock").open() as again:
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -704,3 +705,30 @@ def test_an_exception_arrives_as_what_it_was(exception: Exception) -> None:
     assert isinstance(arrived, Failed)
     assert type(arrived.exception) is type(exception)
     assert str(arrived.exception) == str(exception)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the hint is Linux's")
+@pytest.mark.parametrize("knows_hints", [True, False])
+def test_what_is_written_is_there_whether_the_file_system_knows_hints_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knows_hints: bool
+) -> None:
+    given: list[tuple[int, int]] = []
+
+    def hint(_: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        given.append((start, length))
+        if not knows_hints:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(os, "posix_fadvise", hint)
+    count = (20 << 20) // 4096
+    database, presence = tmp_path / "db", tmp_path / "presence"
+    database.touch()
+    presence.write_bytes(bytes(count))
+    target = PageFile(database, presence, 4096)
+    pages = [number.to_bytes(4) * 1024 for number in range(count)]
+    for first in range(0, count, 128):
+        target.write(first + 1, pages[first : first + 128])
+    assert database.read_bytes() == b"".join(pages)
+    assert presence.read_bytes() == b"\1" * count
+    assert given == [(0, 8 << 20), (8 << 20, 8 << 20)], "each byte once, and 8 MiB at a time"

@@ -310,6 +310,19 @@ def test_who_has_ended_or_stands_still_has_no_share(monkeypatch: pytest.MonkeyPa
     assert extents.share(b) == most // 2, "it gets on"
 
 
+def test_who_has_gone_in_the_middle_of_an_extent_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lazyreplica.extents._STALE", 0.0)
+    extents = Extents(0, TOTAL)
+    for number in range(4):
+        reader = Token()
+        extent = arrive(extents, number * 200_000, 100_000 - EXTENT, reader)
+        extents.use(extent, reader)
+        assert extents.room(reader) == TOTAL * 4 // 5 - 100_000, "it is in the middle of it"
+        reader.reading = False  # the connection was closed
+    assert extents.room(Token()) == TOTAL * 4 // 5
+    assert not extents._current and not extents._ahead and not extents._lately
+
+
 def test_what_nobody_came_for_takes_no_room_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     extents = Extents(0, TOTAL)
     a, b = Token(), Token()

@@ -52,6 +52,16 @@ def test_stack_is_layer_upon_layer(sequence: list[set[int]]) -> None:
     assert [stack(layers).owner(p) for p in range(14)] == [page_map.owner(p) for p in range(14)]
 
 
+def test_a_large_layer_is_not_copied_for_the_small_ones_upon_it() -> None:
+    """Its index may have millions of pages."""
+    whole, large = make_layer(range(1, 20_001), 20_000, 1), make_layer(range(2, 10_002), 20_000, 22)
+    small = [make_layer([number, number + 7], 20_000, number) for number in (*range(2, 22), *range(23, 60))]
+    stacked = stack([whole, *small[:20], large, *small[20:]])
+    assert [run.layers for run in stacked._runs if large in run.layers] == [(large,)]
+    assert stacked.owner(5000) is large
+    assert stacked.owner(59) is small[-1]
+
+
 def test_a_whole_database_hides_and_forgets_everything_before_it() -> None:
     whole = make_layer(range(1, 6), 5, 3)
     page_map = stack([make_layer(range(1, 11), 10, 1), make_layer([2], 10, 2), whole])

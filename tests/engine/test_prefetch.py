@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -143,6 +146,81 @@ def test_a_scan_with_little_room_reads_few_pages_alone(database: Database, rooms
         reader.saw(pgno, database.page(pgno))
         check(reader)
     assert alone <= 4
+
+
+def test_what_is_needed_first_comes_first_whatever_the_order_of_the_refusal(database: Database) -> None:
+    leaves = database.trees["t"].leaves[::-1]
+    reader = a_reader(database.known())
+    announced: list[int] = []
+    for pgno in leaves[:4]:
+        announced += reader.reads(pgno)
+        reader.saw(pgno, database.page(pgno))
+    ahead = [pgno for pgno in announced if pgno not in leaves[:4]]
+    reader.refused(sorted(ahead))  # in the order of the file: this scan goes backwards
+    assert list(reader.reads(leaves[4]))[:3] == leaves[5:8]
+    check(reader)
+
+
+def test_interior_pages_that_were_refused_are_asked_for_again(database: Database) -> None:
+    tree = database.trees["t"]
+    known = Trees(PAGE_SIZE)
+    known.learn(1, database.page(1))
+    for pgno in (tree.root, *tree.interiors[:2]):
+        known.learn(pgno, database.page(pgno))
+    reader = a_reader(known)
+    missing: set[int] = set()
+    for pgno in tree.leaves[:60]:
+        announced = list(reader.reads(pgno))
+        interior = [each for each in announced if each in tree.interiors]
+        if missing & set(interior):
+            return
+        missing.update(interior)
+        reader.refused(announced)
+        reader.saw(pgno, database.page(pgno))
+    assert missing, "the scan comes to a boundary"
+    pytest.fail("what was refused was never asked for again")
+
+
+def test_an_interrupt_at_any_step_makes_no_later_read_fail(database: Database) -> None:
+    """Ctrl-C ends a statement, not the connection: Python delivers it between any two steps of ours."""
+    leaves = database.trees["t"].leaves
+
+    def scan(reader: Reader, pages: Sequence[int]) -> None:
+        for pgno in pages:
+            announced = list(reader.reads(pgno))
+            reader.refused(announced[6:])
+            reader.saw(pgno, database.page(pgno))
+
+    def interrupted_at(step: int, reader: Reader) -> bool:
+        left = step
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal left
+            if frame.f_code.co_filename != prefetch.__file__:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            scan(reader, leaves[:40])
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    step = 1
+    while True:
+        reader = a_reader(database.known())
+        if not interrupted_at(step, reader):
+            break
+        scan(reader, [*leaves[:80], *leaves[60:30:-1], *database.trees["v"].leaves[:30]])
+        step += 7
+    assert step > 1000
 
 
 def test_what_comes_next_is_asked_for_a_few_times_near_the_end_of_a_scan(database: Database) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import re
@@ -53,8 +54,10 @@ class PageFile:
         """Begin to bring bytes to the disk, and wait for nothing: `fdatasync` would, for all of them."""
         fresh = self._fresh[0] if start == self._fresh[1] else start
         if end - fresh >= _WRITE_BACK and sys.platform == "linux":
-            # Pages that are dirty, as these are, begin to be written, and stay in the cache.
-            os.posix_fadvise(self._file, fresh, end - fresh, os.POSIX_FADV_DONTNEED)
+            # Pages that are dirty, as these are, begin to be written, and stay in the cache. (Those that the system has
+            # written by itself meanwhile leave it.) A file system that knows no such hint goes without.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file, fresh, end - fresh, os.POSIX_FADV_DONTNEED)
             fresh = end
         self._fresh = fresh, end
 
