@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from replicas import ReplicaDirectory, make_layer, make_snapshot, opened, start
 
 from lazyreplica.head import Hold
+from lazyreplica.prefetch import Reader
 from lazyreplica.snapshot import Lineage
+from lazyreplica.trees import Trees
 from lazyreplica_vfs import page1
 from lazyreplica_vfs.file import ReplicaFile
 
@@ -89,7 +91,7 @@ def shown_file() -> tuple[bytes, ReplicaFile]:
         head=snapshot,
         begin=lambda lineage, past: snapshot,
         end=lambda _: None,
-        reader=lambda past: None,
+        reader=lambda past: Reader(Trees(512), 512, frozenset()),
         hold=Hold,
         resume=lambda hold: False,
         read=lambda _, pgno, reader, is_off: pages[pgno],
