@@ -120,6 +120,10 @@ class S3Store:
             return f"{self._prefix}{component[:-1]}0" if component else None
 
         self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
+        if not all(file.etag for file in files):
+            # rclone shows a file so that is deleted while it lists: not another time.
+            files.clear()
+            self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
         self._check_listed(files)
         return Listing(tuple(files), frozenset(strangers))
 
