@@ -529,10 +529,11 @@ def contents(size: str = "7", etag: str = "e") -> bytes:
     ],
 )
 def test_bad_listing(play: Play, body: bytes, message: str) -> None:
-    server, store = play(answer(200, body))
+    times = 2 if "no ETag" in message else 1  # it may be a file that is just being deleted
+    server, store = play(*[answer(200, body)] * times)
     with pytest.raises(StoreError, match=message):
         store.list_all(10)
-    assert len(server.asked) == 1
+    assert len(server.asked) == times
 
 
 def test_get(play: Play) -> None:
