@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from benchmark.workloads import Step
+from support.memory import status
 from support.process import tail
 
 _SAMPLE_EVERY = 0.02
@@ -45,7 +46,7 @@ class Memory:
     def peak(self) -> tuple[int | None, int | None]:
         """Anonymous memory above the start, and resident memory, since `reset`."""
         self._look()
-        resident = _read(self._pid, "VmHWM")
+        resident = status("VmHWM", self._pid)
         if self.base is None:
             return None, None
         with self._lock:
@@ -65,8 +66,8 @@ class Memory:
             self._peak = max(self._peak, now or 0)
 
     def _anonymous(self) -> int | None:
-        own = _read(self._pid, "RssAnon")
-        return None if own is None else own + sum(_read(pid, "RssAnon") or 0 for pid in children(self._pid))
+        own = status("RssAnon", self._pid)
+        return None if own is None else own + sum(status("RssAnon", pid) or 0 for pid in children(self._pid))
 
 
 def children(pid: int) -> list[int]:
@@ -76,15 +77,6 @@ def children(pid: int) -> list[int]:
         with suppress(OSError):
             found += map(int, path.read_text().split())
     return found
-
-
-def _read(pid: int, name: str) -> int | None:
-    """A size in the process's status, in bytes."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) << 10
-    return None
 
 
 class Worker:

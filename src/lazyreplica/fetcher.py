@@ -167,9 +167,8 @@ class Fetcher:
     def _limit(self, reader: Reader) -> int:
         """Bytes of one request ahead: while one is used up, another is here and two are on their way."""
         share = self._extents.share(reader.token)
-        if self._extents.room(reader.token) > share // 4 * 3:
-            return HURRY
-        return max(FIRST, min(LIMIT, share // 4))
+        most = HURRY if self._extents.room(reader.token) > share // 4 * 3 else LIMIT
+        return max(FIRST, min(most, share // 4))
 
     def _start(self, spans: Iterable[Span], reader: Reader) -> None:
         full = False

@@ -128,7 +128,8 @@ class Layers:
         with self._lock:
             here = {file: layer for file in files if (layer := self._open.get(file)) is not None}
         new = [file for file in files if file not in here]
-        if sum(len(_stretches(file, quick)) for file in new) <= self._store.parallel:
+        most = self._store.parallel
+        if len(new) <= most and sum(len(_stretches(file, quick)) for file in new) <= most:
             # All are asked for at once: what is read whole is taken in while the longest read, of the base's page
             # index, is on its way. Of more, the longest has to begin first.
             new.sort(key=lambda file: not _is_read_whole(file, quick))

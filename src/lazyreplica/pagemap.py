@@ -160,9 +160,7 @@ def stack(layers: Iterable[Layer]) -> PageMap:
     page_map = PageMap()
     above: list[_Single] = []
     for layer in layers:
-        if layer.holds_everything:
-            page_map, above = PageMap((_Single(layer),)), []
-        elif len(layer.index) > _SMALL:
+        if layer.holds_everything or len(layer.index) > _SMALL:
             page_map, above = page_map._with_joined(above).with_layer(layer), []
         else:
             above.append(_Single(layer))

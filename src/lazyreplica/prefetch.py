@@ -188,9 +188,8 @@ class Reader:
                 return self._begin(pgno)
             stream.back.pop(pgno, None)
         stream.last = pgno
-        if (
-            not gap and stream.left * 4 > stream.full * 3
-        ):  # not the window's: near its end a sequence has no more to give
+        # Three quarters not of the window: near its end a sequence has no more to give.
+        if not gap and stream.left * 4 > stream.full * 3:
             return _NONE
         if isinstance(stream.source, _Run) and self._is_in_tree(pgno):
             self._end(stream)

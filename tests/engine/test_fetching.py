@@ -18,7 +18,7 @@ from replicas import opened as opened_as_it_is
 from lazyreplica import fetcher, layers, opening, spans
 from lazyreplica.cache import ENTRY
 from lazyreplica.errors import LTXError, SnapshotGone, StoreUnavailable
-from lazyreplica.extents import EXTENT
+from lazyreplica.extents import EXTENT, State
 from lazyreplica.ltx import decode_file, encode_index
 from lazyreplica.ltx.name import FileName
 from lazyreplica.pagemap import Layer
@@ -466,6 +466,18 @@ def test_who_joins_waits_two_seconds_at_most(directory: ReplicaDirectory) -> Non
         assert 1.9 < time.monotonic() - started < 4
         store.go_on.set()
         assert leader.result() == history.states[1][2]
+
+
+def test_what_one_request_asks_for_has_room_however_many_read(directory: ReplicaDirectory, spy: SpyStore) -> None:
+    """Regression: with 16 readers and more nobody read ahead, since each request was larger than a share."""
+    start(directory.path, 4)
+    with opened(spy) as replica:
+        extents, reader = replica.layers.extents, replica.reader()
+        for number in range(32):
+            limit, room = replica._fetcher._limit(reader), extents.room(reader.token)
+            assert fetcher.FIRST <= limit <= room or room < fetcher.FIRST
+            extents.begin(1, number * 10, number * 10 + 5, State.WAITING, (number * 10, number * 10 + 5), Token())
+        assert extents.share(reader.token) < 2 * fetcher.FIRST
 
 
 def test_memory_keeps_within_cache_size(

@@ -88,13 +88,13 @@ MEASURE = textwrap.dedent("""
     import lazyreplica
     from lazyreplica import registry
     from support.manyfiles import ManyFiles, marks
-    from support.memory import peak_resident
+    from support.memory import peak_resident, status
 
     COUNT, LATER = int(sys.argv[1]), int(sys.argv[2])
     level = Path(sys.argv[3]) / "ltx" / "0"
 
     def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return status("VmRSS") / 1e6
 
     files = ManyFiles(level)
     files.commit(COUNT - 1)

@@ -536,6 +536,15 @@ def test_bad_listing(play: Play, body: bytes, message: str) -> None:
     assert len(server.asked) == times
 
 
+@pytest.mark.parametrize("list_level", [False, True])
+def test_a_file_that_loses_its_etag_while_it_is_deleted_is_no_error(play: Play, list_level: bool) -> None:
+    going = b"<ListBucketResult>%s</ListBucketResult>" % contents(etag="")
+    server, store = play(answer(200, going), listing(*keys_of(2)))
+    found = store.list_level(0, None, 10) if list_level else store.list_all(10).files
+    assert [file.name.min_txid for file in found] == [1, 2]
+    assert len(server.asked) == 2
+
+
 def test_get(play: Play) -> None:
     server, store = play(
         ranged(last_modified="Fri, 02 Jan 2026 03:04:05 GMT"),

@@ -56,7 +56,6 @@ class ReplicaFile:
         self._past = self.find(*start) if start else None
         """What is shown instead of the head."""
         self._reader = replica.reader(self._past)
-        self._token = self._reader.token
         self._connection = 0
         self._interrupts = Interrupts(0)
         self._first: tuple[Snapshot, bytes, bytes] | None = None
@@ -108,7 +107,6 @@ class ReplicaFile:
         self._hold.snapshot = self._hold.view = None
         self._plain = self._single and past is None
         self._reader = self.replica.reader(past)
-        self._token = self._reader.token
 
     def _refuse_while_reading(self) -> None:
         if self._pinned is None:
@@ -154,7 +152,7 @@ class ReplicaFile:
     def xUnlock(self, level: int) -> None:
         if level == _NONE and self._locks:
             self._hold.active = False
-            self._token.reading = False
+            self._reader.token.reading = False
             if self._kept is not None:
                 self._unpin()
 

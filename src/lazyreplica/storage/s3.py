@@ -119,12 +119,7 @@ class S3Store:
             # level can lie between "x/..." and "x0", '0' being the character after '/'.
             return f"{self._prefix}{component[:-1]}0" if component else None
 
-        self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
-        if not all(file.etag for file in files):
-            # rclone shows a file so that is deleted while it lists: not another time.
-            files.clear()
-            self._list(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit)
-        self._check_listed(files)
+        self._list_files(self._prefix, None, f"listing {self._prefix or 'the bucket'}", timeout, visit, files)
         return Listing(tuple(files), frozenset(strangers))
 
     def list_level(self, level: int, after: FileName | None, timeout: float) -> Sequence[StoredFile]:
@@ -136,10 +131,27 @@ class S3Store:
                 files.extend(_stored(level, entry.key.removeprefix(prefix), entry))
 
         start = f"{prefix}{after}" if after else None
-        self._list(prefix, start, f"listing level {level}", timeout, visit)
-        self._check_listed(files)
+        self._list_files(prefix, start, f"listing level {level}", timeout, visit, files)
         # A server that does not know start-after sends everything.
         return [file for file in files if after is None or file.name > after]
+
+    def _list_files(
+        self,
+        prefix: str,
+        start: str | None,
+        what: str,
+        timeout: float,
+        visit: Callable[[Page], str | None],
+        files: list[StoredFile],
+    ) -> None:
+        """Visit every page; `visit` puts what it finds into `files`, which are checked (see `_check_listed`)."""
+        deadline = Deadline.after(timeout)
+        self._list(prefix, start, what, deadline, visit)
+        if not all(file.etag for file in files):
+            # rclone shows a file so that is deleted while it lists: not another time.
+            files.clear()
+            self._list(prefix, start, what, deadline, visit)
+        self._check_listed(files)
 
     def _check_listed(self, files: Sequence[StoredFile]) -> None:
         """Raise `StoreError` unless a listing went through the levels and names once, in order, and has ETags.
@@ -157,10 +169,9 @@ class S3Store:
                 )
 
     def _list(
-        self, prefix: str, start: str | None, what: str, timeout: float, visit: Callable[[Page], str | None]
+        self, prefix: str, start: str | None, what: str, deadline: Deadline, visit: Callable[[Page], str | None]
     ) -> None:
         """Visit every page; `visit` may name a key to go on behind."""
-        deadline = Deadline.after(timeout)
         token: str | None = None
         empty = keys = 0
         ends: set[str] = set()  # SeaweedFS sorts by path component, so "the next key is greater" is no test
