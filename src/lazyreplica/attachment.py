@@ -108,9 +108,18 @@ class Attachment:
     def file_txid(self) -> int | None:
         """The transaction whose database the file at `path` is, byte for byte; None while it is not whole."""
         copy = self.copy
-        if copy is None or (self.directory.shared and not self.directory.shows(copy.base.path)):
-            return None
-        return copy.state.base_txid if copy.base_is_whole else None
+        return copy.state.base_txid if copy is not None and self._check_whole(copy) else None
+
+    def check_whole(self) -> None:
+        """If the file at `path` is one transaction's database, let readers know: they look at less then."""
+        copy = self.copy
+        if copy is not None:
+            self._check_whole(copy)
+
+    def _check_whole(self, copy: LocalCopy) -> bool:
+        # Of a file that is still being filled not every page is verified.
+        verified = self.directory.shows(copy.base.path) if self.directory.shared else self.complete
+        return verified and copy.check_whole()
 
     def holds(self, snapshot: Snapshot) -> bool:
         """Whether the copy's newest state is `snapshot`."""

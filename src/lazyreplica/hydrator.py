@@ -301,7 +301,8 @@ class Hydrator:
         long = copy.log.end > max(FOLD_AT, copy.base.commit * copy.base.page_size // 2)
         directory = self.local.directory
         unseen = directory.shared and not directory.shows(copy.base.path)
-        if long or (copy.records and (unseen or not copy.base_is_whole)):
+        whole = copy.check_whole()
+        if long or (copy.records and (unseen or not whole)):
             self._fold(copy)
             self._pause = _READER if copy.records else None
         self._publish()
@@ -330,7 +331,7 @@ class Hydrator:
         copy, directory = self.local.copy, self.local.directory
         if copy is None or not self.local.complete or not directory.shared or directory.shows(copy.base.path):
             return
-        if not copy.records and copy.base.trimmed and copy.base_is_whole:
+        if not copy.records and copy.base.trimmed and copy.check_whole():
             copy.base.sync()
             with self.local.guard:
                 if self.local.copy is copy:

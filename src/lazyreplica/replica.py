@@ -173,6 +173,7 @@ class Replica:
             return True
         if local.outdated or not local.attached:
             self._follower.take(partial(local.follow_log, listing=self._listing), wait=True)
+        local.check_whole()
         return now() - local.polled_at > 2 * self.options.poll_interval
 
     def _set_fresh(self) -> None:

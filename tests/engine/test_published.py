@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from replicas import (
 
 from lazyreplica import filling
 from lazyreplica.errors import ConfigError
+from lazyreplica.filling import Filler
 from lazyreplica.local.directory import CopyDirectory
 from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
@@ -42,6 +43,33 @@ def test_hydration_path_appears_whole_and_stays(directory: ReplicaDirectory, tmp
         assert target.read_bytes() == history.database()
         assert replica.hydration_txid == history.txid
     assert target.read_bytes() == history.database()
+
+
+def test_a_reader_at_rest_learns_that_the_copy_is_whole(
+    directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing new comes, so readers go on with the view that they had while pages were missing: it must change."""
+    long_replica(directory)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL, "poll_interval": 0.02}
+    go = threading.Event()
+    monkeypatch.setattr(Filler, "fill", _after(go, Filler.fill))
+    with opened(directory, **options) as owner, opened(directory, **options) as other:
+        views = []
+        for replica in (owner, other):
+            until(lambda replica=replica: replica.view(replica.head))
+            views.append(replica.view(replica.head))
+        assert all(view is not None and view.whole is None for view in views)
+        go.set()
+        until(lambda: complete(owner))
+        until(lambda: all(view is not None and view.whole == view.pages for view in views))
+
+
+def _after(event: threading.Event, work: Callable[..., None]) -> Callable[..., None]:
+    def wait_and_work(*args: object) -> None:
+        assert event.wait(5)
+        work(*args)
+
+    return wait_and_work
 
 
 def test_what_came_while_it_was_open_is_in_the_file_after_a_clean_close(

@@ -103,6 +103,14 @@ class CopyMachine(RuleBasedStateMachine):
             self.owner.adopt(record)
         assert self.owner.txid == self.history.txid
 
+    @rule(of_other=st.booleans())
+    def check_whole(self, of_other: bool) -> None:
+        copy = self.other if of_other and self.other else self.owner
+        assert copy.check_whole() == all(pgno == copy.lock_pgno for pgno in copy.base.absent())
+        newest = copy.view(copy.txid)
+        assert newest is not None
+        assert (newest.whole is not None) == (copy.check_whole() and not newest.changed)
+
     # -- what the other process does --
 
     @precondition(lambda self: self.other is None)
@@ -160,7 +168,7 @@ class CopyMachine(RuleBasedStateMachine):
                 found = pin.view.page(pgno)
                 assert found in (None, page), (pin.txid, pgno)
                 if pin.view.whole:
-                    assert pin.view.pages[(pgno - 1) * PAGE_SIZE : pgno * PAGE_SIZE] == page
+                    assert pin.view.whole[(pgno - 1) * PAGE_SIZE : pgno * PAGE_SIZE] == page
 
     @invariant()
     def what_is_not_missing_is_here(self) -> None:

@@ -27,7 +27,7 @@ Versions = tuple[tuple[int, int], ...]
 
 
 class View:
-    """The copy as of one TXID. Immutable, but that absent pages may appear."""
+    """The copy as of one TXID. Immutable, but that absent pages may appear, and that `whole` may become known."""
 
     __slots__ = ("_log", "changed", "page_size", "pages", "present", "txid", "whole")
 
@@ -43,8 +43,8 @@ class View:
         """Of each page, at p - 1, whether the base has it."""
         self.changed: Final = changed
         """Pages with versions in the log."""
-        self.whole: Final = base.whole and not changed
-        """Whether every page is in the base."""
+        self.whole = self.pages if base.whole and not changed else None
+        """The same pages, once it is known that the base has all of them: then nothing else need be looked at."""
         self._log = log
 
     def page(self, pgno: int) -> bytes | None:
@@ -122,13 +122,19 @@ class LocalCopy:
         found.extend(p for p in range(self.base.commit + 1, commit + 1) if p not in self._changed and p != lock)
         return found
 
-    @property
-    def base_is_whole(self) -> bool:
-        """Whether the base has every page of its own state: one that is newer in the log may never have come."""
+    def check_whole(self) -> bool:
+        """Whether the base has every page of its own state: one that is newer in the log may never have come.
+
+        Asked when all that it has is verified. The newest view knows it from then on: its readers may go on with it for
+        hours.
+        """
         base = self.base
         if not base.whole:
-            base.whole = all(pgno == self.lock_pgno for pgno in base.absent())
-            self._view = None
+            with self._lock:  # no fold is under way
+                base.whole = all(pgno == self.lock_pgno for pgno in base.absent())
+                view = self._view
+                if base.whole and view is not None and not self._changed:
+                    view.whole = view.pages
         return base.whole
 
     def present(self) -> int:
