@@ -75,18 +75,47 @@ class Fetcher:
         self._layers.distrust(layer, reason)
         self._cache.drop_version(layer.number)
 
-    def page(self, snapshot: Snapshot, layer: Layer, pgno: int, reader: Reader) -> bytes:
+    def page(
+        self,
+        snapshot: Snapshot,
+        layer: Layer,
+        pgno: int,
+        reader: Reader,
+        is_off: Callable[[], bool] | None = None,
+    ) -> bytes:
         """Page `pgno` of `snapshot`, which `layer` holds; what `reader` expects next is fetched ahead.
+
+        `is_off`: see `Replica.read`.
 
         Raises `StoreError`, `LTXError` for bytes that stay damaged when fetched again, `SnapshotGone`. A page that was
         read ahead takes 9 us, 2 of them liblz4's.
         """
-        self._refuse_distrusted(layer)
         further = reader.reads(pgno)
-        page = self._page_from(layer, snapshot, pgno, reader, further)
+        page = None if further else self._beside(layer, pgno, reader)
+        if page is None:
+            self._refuse_distrusted(layer)
+            with waiting.called_off_by(is_off):
+                page = self._page_from(layer, snapshot, pgno, reader, further)
         self._refuse_distrusted(layer)  # the hydrator may have found out meanwhile
         self._cache.put(pgno, layer.number, page)
         reader.saw(pgno, page)
+        return page
+
+    def _beside(self, layer: Layer, pgno: int, reader: Reader) -> bytes | None:
+        """The page, if it lies in the extent that this reader has used last, as most pages of a scan do."""
+        extent = self._extents.current(reader.token)
+        if extent is None or extent.number != layer.number or extent.state is not State.HERE:
+            return None
+        place = peek(layer, pgno)
+        if place is None or place.start < extent.start or extent.end < place.end:
+            return None
+        try:
+            page = place.decode(extent.data, extent.start)
+        except LTXError:
+            return None  # `_decode_from` says so, and does something about it
+        self._counters.ahead_hits += 1
+        if extent.ahead:
+            extent.ahead -= 1
         return page
 
     def _page_from(self, owner: Layer, snapshot: Snapshot, pgno: int, reader: Reader, further: Iterable[int]) -> bytes:
@@ -208,8 +237,9 @@ class Fetcher:
     def _places(self, snapshot: Snapshot, pages: Iterable[int]) -> list[Place]:
         """Where those of the pages lie that are neither here nor under way. 5 us a page."""
         places = []
+        page_map, commit = snapshot.pages, snapshot.commit
         for pgno in pages:
-            layer = snapshot.pages.owner(pgno) if 1 <= pgno <= snapshot.commit else None
+            layer = page_map.owner(pgno) if 1 <= pgno <= commit else None
             if layer is None or (pgno, layer.number) in self._cache:
                 continue
             place = peek(layer, pgno)

@@ -86,6 +86,8 @@ class Layers:
         self._unverified: WeakSet[Layer] = WeakSet()
         """Increments that were opened by head and tail."""
         self._distrusted: WeakKeyDictionary[Layer, str] = WeakKeyDictionary()
+        self._any_distrusted = False
+        """Whether there ever was one: quicker to ask, and it is asked for each page."""
         self.extents = Extents(KEEP_TOTAL if keep is None else keep, PASSING_TOTAL)
 
     def headers(self, files: Iterable[StoredFile]) -> dict[StoredFile, Header]:
@@ -103,11 +105,12 @@ class Layers:
         A single page cannot be told from a damaged one (an LZ4 block carries no checksum), so all of them are refused.
         """
         self._distrusted[layer] = reason
+        self._any_distrusted = True
         self.extents.drop(layer.number)
 
     def distrusted(self, layer: Layer) -> str | None:
         """Why the layer's file is not to be used, or None."""
-        return self._distrusted.get(layer) if self._distrusted else None
+        return self._distrusted.get(layer) if self._any_distrusted else None
 
     def open_chain(
         self,

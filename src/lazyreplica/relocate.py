@@ -69,6 +69,8 @@ class Relocator:
         # Held across network I/O, which only pages wait for that no known state has: one new plan serves them all.
         self._planning = threading.Lock()
         self._gone: WeakSet[Layer] = WeakSet()
+        self._any_gone = False
+        """Whether there ever was one: quicker to ask, and it is asked for each page."""
         self._noting = threading.Lock()  # held to add to `_gone`, and to go through it
         # Replaced as a whole and never changed, so it is read without a lock. Written by who holds `_planning`.
         self._states: tuple[_State, ...] = ()
@@ -77,7 +79,7 @@ class Relocator:
 
     def is_gone(self, layer: Layer) -> bool:
         """Whether the layer's file is known to have vanished, so that asking for it again is a wasted request."""
-        return layer in self._gone
+        return self._any_gone and layer in self._gone
 
     def stand_in(self, snapshot: Snapshot, pgno: int) -> Layer | None:
         """What `find` answers, where that is known already; else None. Never waits."""
@@ -105,6 +107,7 @@ class Relocator:
         if gone not in self._gone:
             with self._noting:
                 self._gone.add(gone)
+                self._any_gone = True
             if any(gone in state.pages.layers() for state in self._states):
                 self._outdated = True
         found = None if self._outdated else self.stand_in(snapshot, pgno)

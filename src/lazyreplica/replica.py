@@ -47,7 +47,6 @@ from lazyreplica.relocate import Relocator
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import Store, StoredFile
 from lazyreplica.storage.counting import CountingStore
-from lazyreplica.storage.waiting import called_off_by
 from lazyreplica.trees import Trees
 
 if TYPE_CHECKING:
@@ -371,8 +370,7 @@ class Replica:
             self._counters.memory_hits += 1
             reader.hit(pgno, page)
         else:
-            with called_off_by(is_off):
-                page = self._fetcher.page(snapshot, layer, pgno, reader)
+            page = self._fetcher.page(snapshot, layer, pgno, reader, is_off)
         return page
 
     def _local_page(self, snapshot: Snapshot, layer: Layer, pgno: int) -> bytes | None:

@@ -314,7 +314,7 @@ def test_rows_are_those_of_sqlite_through_all_kinds_of_trouble(
             variant,
             parallel,
             seed,
-            queries=8,
+            queries=5,
             delay=0.001,
             failing=[0.0, 0.2, 1.0][seed % 3],
         )
