@@ -42,7 +42,7 @@ def crawl(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> None:
         known = [c for c in unknown if c[0] in found and btree.kind(found[c[0]], c[0]) in _INTERIOR]
         unknown = []
         for children in below:
-            (unknown if all(trees.interior(child) is None for child in children) else known).append(children)
+            (known if trees.knows_any(children) else unknown).append(children)
 
 
 def _roots(snapshot: Snapshot, gatherer: Gatherer, trees: Trees) -> list[int]:
