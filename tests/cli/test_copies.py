@@ -33,7 +33,8 @@ def test_a_copy_is_made_listed_exported_and_removed(bank: Bank, run: Run, tmp_pa
     (copy,) = run("cache", "--json", "ls", tmp_path).json
     assert copy["path"] == str(path) and copy["url"] == bank.url
     assert (copy["complete"], copy["in_use"]) == (True, False) and copy["bytes"] >= len(native)
-    assert run("cache", "--json", "ls", path).json == [copy]
+    for words in (("--json", "ls", path), ("ls", "--json", path), ("ls", path, "--json")):
+        assert run("cache", *words).json == [copy]
     assert run("info", "--json", bank.url).json["txid"] == copy["txid"]
 
     with closing(lazyreplica.connect(bank.url, hydration_path=str(path))) as connection:

@@ -26,17 +26,23 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="List the local copies in a directory (a cache_dir), or the one at a hydration_path: the replica, "
         "its newest transaction here, bytes on the disk, whether all pages are there, and whether a program uses it. "
         "Or remove those that are named, unless they are in use. What is not lazyreplica's is never touched.",
-        examples=["lazyreplica cache ls .", "lazyreplica cache --json ls ."],
-    )
-    parser.add_argument("action", choices=("ls", "rm"), help="list, or remove")
-    parser.add_argument(
-        "paths",
-        metavar="PATH",
-        nargs="*",
-        type=Path,
-        help="hydration_paths; of ls also directories (default: cache_dir)",
+        examples=["lazyreplica cache ls .", "lazyreplica cache ls --json ."],
     )
     add_json(parser, "a JSON array of objects")
+    # Parsers of their own, else argparse takes no option between the action and its paths.
+    actions = parser.add_subparsers(
+        dest="action",
+        metavar="ls|rm PATH",
+        required=True,
+        help="list, or remove; then hydration_paths, of ls also directories (default: cache_dir)",
+    )
+    for name, summary, where in (
+        ("ls", "list them", "hydration_paths, or directories (default: cache_dir)"),
+        ("rm", "remove them", "hydration_paths"),
+    ):
+        action = actions.add_parser(name, help=summary, description=summary)
+        action.add_argument("paths", metavar="PATH", nargs="*", type=Path, help=where)
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:  # noqa: ARG001 (every command has the two)
