@@ -292,7 +292,7 @@ def test_the_bank_never_shows_a_wrong_sum(
     if where == "rclone":
         replica = url = s3.url(s3.new_bucket(), "bank")
         env = s3.env
-    seconds = 20.0
+    seconds = 13.0
     with (
         replicating(db, replica, env=env, **RETAINING) as writer,
         bank_writer(db, rate=100, delete_every=1.5, vacuum_every=4) as bank,

@@ -183,7 +183,7 @@ class Hostile(Reader):
 
     def reads(self, pgno: int) -> Iterable[int]:
         rng = self._rng
-        announced = [rng.randrange(1, self._commit + 1) for _ in range(rng.choice([0, 1, 30, 300]))]
+        announced = [rng.randrange(1, self._commit + 1) for _ in range(rng.choice([0, 1, 30, 100]))]
         announced += rng.choices([0, -1, -(1 << 40), self._commit + 1, 1 << 32, 1 << 70, 1, pgno, pgno, pgno + 1], k=6)
         rng.shuffle(announced)
         return announced + announced[:3]

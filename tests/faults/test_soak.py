@@ -45,7 +45,7 @@ def test_a_short_soak_under_faults_finds_nothing(litestream: Path, tmp_path: Pat
 @pytest.mark.timeout(600)
 def test_five_minutes_of_soak_find_nothing(litestream: Path, tmp_path: Path) -> None:
     """Each run with another seed, which a failure tells, beside the other tests: so the machine is busy, too."""
-    status, summary = soak(tmp_path / "out.json", "--minutes", "5", "--faults", "some", "--rate", "15", timeout=580)
+    status, summary = soak(tmp_path / "out.json", "--minutes", "5", "--faults", "some", "--rate", "10", timeout=580)
     assert (status, summary["anomalies"]) == (0, 0), summary
     assert summary["transactions"] > 1000 and summary["distinct"] > 300 and sum(summary["strikes"].values()) > 1000
     assert all(group["transactions"] for group in summary["readers"].values()), "every kind of reader got somewhere"

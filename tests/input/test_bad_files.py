@@ -173,7 +173,7 @@ def test_no_flipped_bit_of_a_large_file_gives_wrong_rows_thoroughly(
     replica: Path, history: History, fine_history: History, region: str, txid: int, size: int
 ) -> None:
     chosen = history if size == 4096 else fine_history
-    outcomes(replica, chosen, txid, sample(REGIONS[region](chosen.files[txid - 1]), 300))
+    outcomes(replica, chosen, txid, sample(REGIONS[region](chosen.files[txid - 1]), 150))
 
 
 @pytest.mark.usefixtures("by_ranges")

@@ -224,7 +224,7 @@ def test_ctrl_c_ends_a_long_query(url: str, hydrate: str) -> None:
         text=True,
         env=environment(),
     ) as process:
-        time.sleep(0.8)
+        time.sleep(2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         started = time.monotonic()

@@ -29,7 +29,15 @@ COMMANDS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 1 after an error, or 2 for a command line that makes no sense."""
+    """Run a command; the exit status is 0, or 1 after an error, 2 for a command line that makes no sense, 130 when
+    it was interrupted."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # at any time: while modules are imported, too
+        return 130
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     answer_shell(parser)
     args = parser.parse_args(arguments)
@@ -55,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"a text value is not UTF-8 ({exc}): select it as cast(... as blob)")
     except UnicodeEncodeError as exc:
         return _fail(f"the command line is not valid text: {exc}")
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # The reader of our output has left. What is still buffered must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
