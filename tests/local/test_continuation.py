@@ -108,6 +108,20 @@ def test_files_between_that_are_not_ours_prove_that_it_is_another_branch() -> No
     assert continuation(proofs, 4, listed, lambda file, proof: False) is None
 
 
+# Found on a busy machine: Litestream gives a local file its time after it has appeared, which changes its identity.
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_newest_file_is_known_by_its_transaction_when_its_identity_has_changed(alike: bool) -> None:
+    history = History()
+    history.commit(size=3)
+    history.commit([1])
+    proofs = [proof_of(history, n) for n in (1, 2)]
+    touched = replace(layer_of(history, 2).file, etag="touched")
+    found = continuation(proofs, 2, [layer_of(history, 1).file, touched], lambda file, proof: alike and file == touched)
+    assert found is not None
+    assert found.proven == (2 if alike else 1)
+    assert leads_on(found, [], 2) == alike
+
+
 @pytest.mark.parametrize("cut", range(1, 8))
 def test_our_own_history_is_continued_by_any_compaction_that_ends_where_we_know(cut: int) -> None:
     history = History()

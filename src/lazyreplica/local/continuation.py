@@ -1,8 +1,9 @@
 """Does a listing go on from where a local copy ends? Pure.
 
 Transaction numbers mean something only within one history. A copy that was left for a while proves that the path still
-has its history by a file that it remembers: one that is still listed with the same identity, or a compaction that ends
-with a transaction it knows (same timestamp to the millisecond, same size of the database).
+has its history by a file that it remembers: one that is still listed with the same identity, or one that ends with a
+transaction it knows (same timestamp to the millisecond, same size of the database): a compaction, or the same file
+with another identity. A local file's has its mtime in it, which Litestream sets when the file has appeared already.
 
 The newest such transaction P may lie before the copy's newest H: the files that ended at H have been compacted away.
 What then leads beyond H must cover P+1 too, and so holds every page that was changed since P. If the copy changed any
@@ -21,7 +22,7 @@ from lazyreplica.plan import Chain, extend
 from lazyreplica.storage import SNAPSHOT_LEVEL, StoredFile
 
 _TRIES = 3
-"""Compactions that are looked into: each costs a request."""
+"""Files that are looked into: each costs a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def continuation(
 ) -> Continuation | None:
     """How `files` go on from the state at `txid` that files of `proofs` led to; None if that cannot be shown.
 
-    `alike` compares a listed compaction with what is remembered of its last transaction.
+    `alike` compares a listed file with what is remembered of its last transaction.
     """
     listed = list(files)
     proven = _proven(proofs, txid, listed, alike)
@@ -71,7 +72,7 @@ def _proven(
     candidates = [
         file
         for file in listed
-        if 0 < file.level < SNAPSHOT_LEVEL
+        if file.level < SNAPSHOT_LEVEL
         and file.name.max_txid in by_end
         and (best is None or best < file.name.max_txid)
         and file.name.max_txid <= txid
