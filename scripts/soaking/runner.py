@@ -83,7 +83,8 @@ class Crew:
             "options": self._options(kind),
             "threads": 4 if kind == "threads" else 1,
             "hold": (2.0, 12.0) if kind == "long" else None,
-            "pace": (0.3, 0.8) if kind == "threads" else (0.05, 0.4),
+            # Most of what a short-lived process costs is its start: not all of the machine is to go there.
+            "pace": {"threads": (0.3, 0.8), "short": (0.5, 1.5)}.get(kind, (0.05, 0.4)),
             "patience": self._patience,
             "transactions": 3 if kind == "short" else None,
         }
