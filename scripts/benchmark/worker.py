@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import resource
 import sys
 import threading
@@ -185,8 +186,9 @@ class Session:
 
 
 def main() -> None:
-    # Whatever a library prints must not get between our lines.
-    answers, sys.stdout = sys.stdout, sys.stderr
+    # Whatever a library prints must not get between our lines: the peer's, which is Go, does it below Python.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     session = Session(json.loads(sys.stdin.readline()))
     print("{}", file=answers, flush=True)
     for line in sys.stdin:

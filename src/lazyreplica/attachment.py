@@ -114,7 +114,8 @@ class Attachment:
         """If the file at `path` is one transaction's database, let readers know: they look at less then."""
         copy = self.copy
         if copy is not None:
-            self._check_whole(copy)
+            with contextlib.suppress(OSError):
+                self._check_whole(copy)
 
     def _check_whole(self, copy: LocalCopy) -> bool:
         # Of a file that is still being filled not every page is verified.
@@ -244,7 +245,8 @@ class Attachment:
         if any(proof.file == head.last.file for proof in ends):
             return True
         if head.txid <= copy.txid:
-            return any(proof.timestamp_ms and proof.timestamp_ms == head.timestamp_ms for proof in ends)
+            state = (head.timestamp_ms, head.commit)
+            return any(proof.timestamp_ms and (proof.timestamp_ms, proof.commit) == state for proof in ends)
         return any(proof.max_txid == copy.txid and proof.file in listed for proof in copy.proofs)
 
     # -- the others' way --

@@ -18,7 +18,7 @@ class Hold:
     head exchanges what is shown first, and looks at the flags second: so one of the two sees the other.
     """
 
-    __slots__ = ("active", "size", "snapshot", "view")
+    __slots__ = ("active", "edition", "size", "snapshot", "view")
 
     def __init__(self) -> None:
         self.active = False
@@ -27,6 +27,8 @@ class Hold:
         """The local copy as of the snapshot, if there is one."""
         self.size = 0
         """Of the snapshot's database, in bytes."""
+        self.edition = 0
+        """`Head.edition` when the view was asked for."""
 
 
 class Head:
@@ -42,6 +44,8 @@ class Head:
         self._history: deque[Layer] = deque()
         """Layers applied in the current lineage since the oldest pinned snapshot of it, without a hole."""
         self._holds: list[Hold] = []
+        self.edition = 0
+        """Counts what makes another view of the same snapshot worth asking for; written by one thread."""
         self._changed = threading.Condition()
 
     @property
@@ -80,6 +84,10 @@ class Head:
         with self._changed:
             for hold in self._holds:
                 hold.view = None
+
+    def look_again(self) -> None:
+        """The local copy has more than before, or it is simpler to read: each reader's next transaction asks for it."""
+        self.edition += 1
 
     def hand_over(self, snapshot: Snapshot, hold: Hold) -> None:
         """What was pinned for a reader is pinned by its `hold` from now on."""

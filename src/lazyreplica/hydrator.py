@@ -19,6 +19,7 @@ from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.continuation import continuation, leads_on
 from lazyreplica.local.copy import LocalCopy
+from lazyreplica.local.deltalog import DeltaLog
 from lazyreplica.local.state import Proof
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer
@@ -71,6 +72,8 @@ class Hydrator:
         """How often a copy that is ahead of the head is waited for."""
         self._settled = False
         """Whether the finished database has had its chance to appear."""
+        self._shown: tuple[LocalCopy, DeltaLog, bool] | None = None
+        """What readers were told of last: the copy, its log, and whether its base is whole."""
         self._ended = False
         """Whether the thread has met what it cannot help."""
         self._pause: float | None = None
@@ -204,6 +207,7 @@ class Hydrator:
                 self._restart(head)
                 return
             self.local.lineage, self._leads_here = head.lineage, True
+            self._head.look_again()
             self._behind.clear()
             self._behind.extend(chain)
 
@@ -241,8 +245,10 @@ class Hydrator:
         with self.local.guard:
             if self._behind and self._behind[0] is layer:
                 self._behind.popleft()
-                if not self._behind and copy.txid < self._head.current.txid:
-                    self._leads_here = False
+                if not self._behind:
+                    self._head.look_again()
+                    if copy.txid < self._head.current.txid:
+                        self._leads_here = False
 
     def _append(self, copy: LocalCopy, layer: Layer) -> None:
         for last in (False, True):
@@ -306,7 +312,16 @@ class Hydrator:
             self._fold(copy)
             self._pause = _READER if copy.records else None
         self._publish()
+        self._show()
         self._settled = True
+
+    def _show(self) -> None:
+        """Let readers at rest know when what they read from has changed: without news they would not ask again."""
+        copy = self.local.copy
+        shown = None if copy is None else (copy, copy.log, copy.base.whole)
+        if shown != self._shown:
+            self._shown = shown
+            self._head.look_again()
 
     def _fold(self, copy: LocalCopy) -> None:
         """Move the log into the base: in place if nobody else uses it, else into a new base beside it."""

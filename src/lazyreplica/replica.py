@@ -304,7 +304,12 @@ class Replica:
     def resume(self, hold: Hold) -> bool:
         """Begin another transaction with what `hold` had in the last one, if that is still the newest. 0.3 us."""
         hold.active = True
-        if hold.snapshot is self._head.shown and now() - self._follower.tried_at <= self._fresh:
+        head = self._head
+        if (
+            hold.snapshot is head.shown
+            and hold.edition == head.edition
+            and now() - self._follower.tried_at <= self._fresh
+        ):
             return True
         hold.active = False
         return False
@@ -313,6 +318,7 @@ class Replica:
         """`begin`, pinned by `hold`: setting `hold.active` to False ends it."""
         snapshot = self.begin(lineage)
         self._head.hand_over(snapshot, hold)
+        hold.edition = self._head.edition  # first: if it changes meanwhile, the next transaction asks again
         hold.size, hold.view = snapshot.size, self.view(snapshot)
 
     def _refuse_if_closed(self) -> None:

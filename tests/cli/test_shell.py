@@ -18,6 +18,7 @@ import pytest
 from cli_helpers import Bank, Run
 
 import lazyreplica
+from lazyreplica import cli
 from lazyreplica.cli.shell import ReplicaShell
 from support.data import build_social
 
@@ -95,6 +96,14 @@ def test_a_reader_that_has_left_is_no_error_message(bank: Bank, command: str) ->
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert cli.main(["info"]) == 130
+
+
 def test_ctrl_c_while_a_replica_catches_up(bank: Bank, tmp_path: Path) -> None:
     other = build_social(tmp_path / "other.db", posts=100)
     before = set(tmp_path.iterdir())

@@ -628,3 +628,23 @@ def test_what_was_verified_when_it_was_opened_is_not_read_again(directory: Repli
             assert len(spy.reads) == 4
             time.sleep(0.2)
             assert len(spy.reads) == 4
+
+
+def test_a_page_beside_the_last_one_is_of_its_own_file(directory: ReplicaDirectory, spy: SpyStore) -> None:
+    """The bytes at hand have page 6, too, but an older version of it."""
+    history, _ = start(directory.path, 40)
+    with opened(spy) as replica:
+        reader = Expecting(*range(6, 30))
+        with pinned(replica) as snapshot:
+            assert fetch(replica, snapshot, 5, reader) == history.states[1][5]
+            current = replica.layers.extents.current(reader.token)
+            assert current is not None and current.ahead == 24
+            assert fetch(replica, snapshot, 6, reader) == history.states[1][6]
+            assert current.ahead == 23, "what was read counts as unread no more"
+        history.commit(range(1, 41))
+        directory.sync(history)
+        replica.refresh()
+        with pinned(replica) as snapshot:
+            assert snapshot.txid == 2
+            for pgno in range(6, 30):
+                assert fetch(replica, snapshot, pgno, reader) == history.states[2][pgno], pgno

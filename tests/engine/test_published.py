@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from replicas import (
@@ -28,6 +29,8 @@ from replicas import (
 from lazyreplica import filling
 from lazyreplica.errors import ConfigError
 from lazyreplica.filling import Filler
+from lazyreplica.head import Hold
+from lazyreplica.hydrator import Hydrator
 from lazyreplica.local.directory import CopyDirectory
 from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
@@ -45,29 +48,82 @@ def test_hydration_path_appears_whole_and_stays(directory: ReplicaDirectory, tmp
     assert target.read_bytes() == history.database()
 
 
+@pytest.mark.parametrize("arrives", [False, True])
 def test_a_reader_at_rest_learns_that_the_copy_is_whole(
-    directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: bool
 ) -> None:
-    """Nothing new comes, so readers go on with the view that they had while pages were missing: it must change."""
-    long_replica(directory)
+    """Nothing new comes, so readers would go on with the view that they had while pages were missing."""
+    history = long_replica(directory)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL, "poll_interval": 0.02}
     go = threading.Event()
     monkeypatch.setattr(Filler, "fill", _after(go, Filler.fill))
-    with opened(directory, **options) as owner, opened(directory, **options) as other:
-        views = []
-        for replica in (owner, other):
-            until(lambda replica=replica: replica.view(replica.head))
-            views.append(replica.view(replica.head))
-        assert all(view is not None and view.whole is None for view in views)
+    with contextlib.ExitStack() as stack:
+        owner = stack.enter_context(opened(directory, **options))
+        # Where something arrives, only one: while another process has the copy open, it is not folded in place.
+        others = [] if arrives else [stack.enter_context(opened(directory, **options))]
+        readers = [(replica, replica.hold()) for replica in (owner, *others)]
+
+        def sees(replica: Replica, hold: Hold) -> str:
+            """In a transaction, as `ReplicaFile` begins one."""
+            if not replica.resume(hold):
+                replica.begin_again(hold, replica.head.lineage.number)
+            hold.active = False
+            return "none" if hold.view is None else "part" if hold.view.whole is None else "all"
+
+        until(lambda: all(sees(*reader) == "part" for reader in readers))
+        if arrives:  # and is folded into the base, when all pages are here
+            history.commit([3, 40])
+            directory.sync(history)
+            owner.refresh()
+            assert sees(*readers[0]) == "part"
         go.set()
         until(lambda: complete(owner))
-        until(lambda: all(view is not None and view.whole == view.pages for view in views))
+        until(lambda: all(sees(*reader) == "all" for reader in readers))
+        assert owner.resume(readers[0][1]), "and goes on with that"
 
 
-def _after(event: threading.Event, work: Callable[..., None]) -> Callable[..., None]:
-    def wait_and_work(*args: object) -> None:
+def test_a_reader_at_rest_learns_that_a_kept_copy_has_caught_up(
+    directory: ReplicaDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = long_replica(directory)
+    options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
+    with opened(directory, **options) as replica:
+        until(lambda: complete(replica))
+    history.commit([3, 40])
+    directory.sync(history)
+    go = threading.Event()
+    monkeypatch.setattr(Hydrator, "_step", _after(go, Hydrator._step))
+    with opened(directory, **options) as replica:
+        hold = replica.hold()
+        replica.begin_again(hold, replica.head.lineage.number)
+        hold.active = False
+        assert hold.view is None, "it is one transaction behind"
+        go.set()
+        until(lambda: complete(replica))
+        assert not replica.resume(hold)
+        replica.begin_again(hold, replica.head.lineage.number)
+        assert hold.view is not None
+
+
+def test_whether_the_copy_is_whole_is_asked_without_waiting_for_a_fold(directory: ReplicaDirectory) -> None:
+    """Also by a connection that the garbage collector closes in the thread that has the lock."""
+    long_replica(directory)
+    with opened(directory, **FULL) as replica:
+        until(lambda: complete(replica))
+        assert replica._hydrator is not None
+        copy = replica._hydrator.local.copy
+        assert copy is not None and copy.check_whole()
+        copy.base.whole = False
+        with copy._lock:
+            assert not copy.check_whole()
+            assert replica.stats().hydration_txid is None
+        assert copy.check_whole()
+
+
+def _after(event: threading.Event, work: Callable[..., Any]) -> Callable[..., Any]:
+    def wait_and_work(*args: object) -> Any:
         assert event.wait(5)
-        work(*args)
+        return work(*args)
 
     return wait_and_work
 
@@ -295,7 +351,7 @@ def test_a_new_history_is_never_mixed_into_the_old_copy(
 def test_two_users_of_one_hydration_path_share_one_copy(directory: ReplicaDirectory, tmp_path: Path) -> None:
     history, _ = start(directory.path, 9)
     target = tmp_path / "local.db"
-    options = {"hydration_path": str(target), "poll_interval": 0.02, **FULL}
+    options = {"hydration_path": str(target), "poll_interval": 0.1, **FULL}
     with opened(directory, **options) as first:
         until(lambda: complete(first))
         spy = SpyStore(directory.url)

@@ -109,17 +109,31 @@ def test_files_between_that_are_not_ours_prove_that_it_is_another_branch() -> No
 
 
 # Found on a busy machine: Litestream gives a local file its time after it has appeared, which changes its identity.
-@pytest.mark.parametrize("alike", [True, False])
-def test_the_newest_file_is_known_by_its_transaction_when_its_identity_has_changed(alike: bool) -> None:
+@pytest.mark.parametrize(("alike", "longer"), [(True, 0), (False, 0), (True, 1)])
+def test_the_newest_file_is_known_by_its_transaction_when_its_identity_has_changed(alike: bool, longer: int) -> None:
     history = History()
     history.commit(size=3)
     history.commit([1])
     proofs = [proof_of(history, n) for n in (1, 2)]
-    touched = replace(layer_of(history, 2).file, etag="touched")
+    file = layer_of(history, 2).file
+    touched = replace(file, etag="touched", size=file.size + longer)
     found = continuation(proofs, 2, [layer_of(history, 1).file, touched], lambda file, proof: alike and file == touched)
     assert found is not None
-    assert found.proven == (2 if alike else 1)
-    assert leads_on(found, [], 2) == alike
+    known = alike and not longer
+    assert found.proven == (2 if known else 1)
+    assert leads_on(found, [], 2) == known
+
+
+def test_files_of_level_0_that_are_not_ours_do_not_keep_from_looking_into_compactions() -> None:
+    history = History()
+    history.commit(size=9)
+    for n in range(10):
+        history.commit([n % 5 + 1])
+    proofs = [proof_of(history, n) for n in range(1, 12)]
+    others = [replace(layer_of(history, n).file, etag=f"other-{n}") for n in range(8, 12)]
+    compacted = [layer_of(history, 1, 6, 1).file, layer_of(history, 7, 11, 1).file]
+    found = continuation(proofs, 11, [*others, *compacted], lambda file, proof: file == compacted[0])
+    assert found is not None and found.proven == 6
 
 
 @pytest.mark.parametrize("cut", range(1, 8))

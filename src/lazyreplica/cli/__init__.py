@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     it was interrupted."""
     try:
         return _main(arguments)
-    except KeyboardInterrupt:  # at any time: while modules are imported, too
+    except KeyboardInterrupt:  # also while the commands' modules are imported, half of what a start takes
         return 130
 
 

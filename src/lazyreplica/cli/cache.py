@@ -36,13 +36,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         required=True,
         help="list, or remove; then hydration_paths, of ls also directories (default: cache_dir)",
     )
-    for name, summary, where in (
-        ("ls", "list them", "hydration_paths, or directories (default: cache_dir)"),
-        ("rm", "remove them", "hydration_paths"),
-    ):
-        action = actions.add_parser(name, help=summary, description=summary)
-        action.add_argument("paths", metavar="PATH", nargs="*", type=Path, help=where)
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    ls = actions.add_parser("ls", help="list local copies", description="List local copies.")
+    ls.add_argument("paths", metavar="PATH", nargs="*", type=Path, help="hydration_paths, or directories (cache_dir)")
+    ls.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print a JSON array of objects")
+    rm = actions.add_parser("rm", help="remove local copies", description="Remove local copies that nobody uses.")
+    rm.add_argument("paths", metavar="PATH", nargs="*", type=Path, help="hydration_paths")
 
 
 def run(args: argparse.Namespace, out: Console, err: Console) -> int:  # noqa: ARG001 (every command has the two)

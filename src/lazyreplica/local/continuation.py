@@ -1,9 +1,10 @@
 """Does a listing go on from where a local copy ends? Pure.
 
 Transaction numbers mean something only within one history. A copy that was left for a while proves that the path still
-has its history by a file that it remembers: one that is still listed with the same identity, or one that ends with a
-transaction it knows (same timestamp to the millisecond, same size of the database): a compaction, or the same file
-with another identity. A local file's has its mtime in it, which Litestream sets when the file has appeared already.
+has its history by a file that it remembers: one that is still listed with the same identity, or a compaction that ends
+with a transaction it knows (same timestamp to the millisecond, same size of the database). Or the newest file of level
+0, if all but its identity is the same, its length too: a local file's identity has its mtime in it, which Litestream
+sets when the file has appeared already, so whoever is quick has seen another one.
 
 The newest such transaction P may lie before the copy's newest H: the files that ended at H have been compacted away.
 What then leads beyond H must cover P+1 too, and so holds every page that was changed since P. If the copy changed any
@@ -22,7 +23,7 @@ from lazyreplica.plan import Chain, extend
 from lazyreplica.storage import SNAPSHOT_LEVEL, StoredFile
 
 _TRIES = 3
-"""Files that are looked into: each costs a request."""
+"""Compactions that are looked into: each costs a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def _proven(
     known = {proof.file for proof in proofs}
     best = max((file.name.max_txid for file in listed if file in known and file.name.max_txid <= txid), default=None)
     by_end = {proof.max_txid: proof for proof in proofs if proof.timestamp_ms}
+    lengths = {proof.file.name: proof.size for proof in proofs if proof.level == 0}
     candidates = [
         file
         for file in listed
@@ -76,9 +78,12 @@ def _proven(
         and file.name.max_txid in by_end
         and (best is None or best < file.name.max_txid)
         and file.name.max_txid <= txid
+        and (file.level > 0 or lengths.get(file.name) == file.size)
     ]
     candidates.sort(key=lambda file: file.name.max_txid, reverse=True)
-    for file in candidates[:_TRIES]:
+    compacted = [file for file in candidates if file.level > 0][:_TRIES]
+    touched = [file for file in candidates if file.level == 0][:1]
+    for file in sorted((*touched, *compacted), key=lambda file: file.name.max_txid, reverse=True):
         if alike(file, by_end[file.name.max_txid]):
             return file.name.max_txid
     return best

@@ -27,7 +27,7 @@ Versions = tuple[tuple[int, int], ...]
 
 
 class View:
-    """The copy as of one TXID. Immutable, but that absent pages may appear, and that `whole` may become known."""
+    """The copy as of one TXID. Immutable, but that absent pages may appear."""
 
     __slots__ = ("_log", "changed", "page_size", "pages", "present", "txid", "whole")
 
@@ -43,8 +43,8 @@ class View:
         """Of each page, at p - 1, whether the base has it."""
         self.changed: Final = changed
         """Pages with versions in the log."""
-        self.whole = self.pages if base.whole and not changed else None
-        """The same pages, once it is known that the base has all of them: then nothing else need be looked at."""
+        self.whole: Final = self.pages if base.whole and not changed else None
+        """The same pages, where the base is known to have all of them: then nothing else need be looked at."""
         self._log = log
 
     def page(self, pgno: int) -> bytes | None:
@@ -125,16 +125,21 @@ class LocalCopy:
     def check_whole(self) -> bool:
         """Whether the base has every page of its own state: one that is newer in the log may never have come.
 
-        Asked when all that it has is verified. The newest view knows it from then on: its readers may go on with it for
-        hours.
+        Asked when all that it has is verified; views that are made from then on know it. Waits for nothing: False while
+        a fold or another change is under way.
         """
-        base = self.base
-        if not base.whole:
-            with self._lock:  # no fold is under way
-                base.whole = all(pgno == self.lock_pgno for pgno in base.absent())
-                view = self._view
-                if base.whole and view is not None and not self._changed:
-                    view.whole = view.pages
+        base, log = self.base, self.log
+        if base.whole:
+            return True
+        # Without the lock: it takes time, and a connection that is closed by the garbage collector may ask as well.
+        if any(pgno != self.lock_pgno for pgno in base.absent()) or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self.log is log:  # else a fold has come between
+                base.whole = True
+                self._view = None
+        finally:
+            self._lock.release()
         return base.whole
 
     def present(self) -> int:

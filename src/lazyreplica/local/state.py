@@ -26,7 +26,7 @@ _FEW = 20_000
 @dataclass(frozen=True, slots=True)
 class Proof:
     """A file that led to a state of the copy. Seen again in a listing, it proves that the path still has our history:
-    by identity, or, for a compaction that ends with the same transaction, by timestamp and size."""
+    by identity, or as `continuation` says."""
 
     level: int
     min_txid: int
