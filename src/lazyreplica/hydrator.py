@@ -19,8 +19,7 @@ from lazyreplica.head import Head
 from lazyreplica.layers import Arrival, Layers
 from lazyreplica.local.continuation import continuation, leads_on
 from lazyreplica.local.copy import LocalCopy
-from lazyreplica.local.deltalog import DeltaLog
-from lazyreplica.local.state import Proof
+from lazyreplica.local.state import CopyState, Proof
 from lazyreplica.ltx.name import format_txid
 from lazyreplica.pagemap import Layer
 from lazyreplica.snapshot import Snapshot
@@ -72,8 +71,8 @@ class Hydrator:
         """How often a copy that is ahead of the head is waited for."""
         self._settled = False
         """Whether the finished database has had its chance to appear."""
-        self._shown: tuple[LocalCopy, DeltaLog, bool] | None = None
-        """What readers were told of last: the copy, its log, and whether its base is whole."""
+        self._shown: tuple[CopyState | None, bool] = (None, False)
+        """What readers were told of last: which files they read from, and whether the base is whole."""
         self._ended = False
         """Whether the thread has met what it cannot help."""
         self._pause: float | None = None
@@ -318,9 +317,8 @@ class Hydrator:
     def _show(self) -> None:
         """Let readers at rest know when what they read from has changed: without news they would not ask again."""
         copy = self.local.copy
-        shown = None if copy is None else (copy, copy.log, copy.base.whole)
-        if shown != self._shown:
-            self._shown = shown
+        if copy is not None and (copy.state is not self._shown[0] or copy.base.whole != self._shown[1]):
+            self._shown = (copy.state, copy.base.whole)
             self._head.look_again()
 
     def _fold(self, copy: LocalCopy) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import apsw
@@ -401,13 +402,14 @@ def test_where_restore_silently_stops_a_time_is_refused(past: Past, tmp_path: Pa
     replica = tmp_path / "replica"
     shutil.copytree(past.directory, replica)
     files = ltx_files(replica)
-    first, second = [file.max_txid for file in files if file.level == 9][:2]
-    candidates = [file for file in files if file.level == 1 and first < file.min_txid <= second]
     # Not one of a single transaction, which is what a busy machine compacts now and then.
-    lost, inside = next(
-        (file, inside)
-        for file in candidates
-        if (inside := [txid for txid in past.times if file.min_txid < txid <= file.max_txid])
+    first, lost, inside = next(
+        (first, file, inside)
+        for first, second in pairwise([file.max_txid for file in files if file.level == 9])
+        for file in files
+        if file.level == 1
+        and first < file.min_txid <= second
+        and (inside := [txid for txid in past.times if file.min_txid < txid <= file.max_txid])
     )
     for file in replica.glob("ltx/[0-8]/*.ltx"):
         low, high = (int(part, 16) for part in file.stem.split("-"))

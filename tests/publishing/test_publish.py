@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 import apsw
@@ -181,7 +182,8 @@ def test_beside_a_busy_writer_every_publication_is_one_committed_state(
         bank_writer(source, rate=rate, delete_every=0.4, vacuum_every=1.1 if journal_mode == "wal" else None) as writer,
         opened(url, hydrate=True) as follower,
     ):
-        for number in range(8):
+        deadline = time.monotonic() + 60
+        for number in count():
             published = lazyreplica.publish(source, url)
             assert lazyreplica.refresh(follower) == f"{published.txid:016x}"
             with follower:
@@ -189,6 +191,9 @@ def test_beside_a_busy_writer_every_publication_is_one_committed_state(
             if number % 3 == 0:
                 with closing(sqlite3.connect(restore(url, tmp_path / f"{number}.db"))) as con:
                     assert check_bank(con).n == seen[-1]
+            # A writer gets on as fast as the machine lets it.
+            if number >= 7 and (len(set(seen)) > 4 or time.monotonic() > deadline):
+                break
         writer.stop()
         assert seen == sorted(seen) and len(set(seen)) > 4
         lazyreplica.publish(source, url)
