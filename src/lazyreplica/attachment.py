@@ -245,8 +245,7 @@ class Attachment:
         if any(proof.file == head.last.file for proof in ends):
             return True
         if head.txid <= copy.txid:
-            state = (head.timestamp_ms, head.commit)
-            return any(proof.timestamp_ms and (proof.timestamp_ms, proof.commit) == state for proof in ends)
+            return any(proof.timestamp_ms and proof.matches(head.last.header) for proof in ends)
         return any(proof.max_txid == copy.txid and proof.file in listed for proof in copy.proofs)
 
     # -- the others' way --

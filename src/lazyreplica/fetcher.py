@@ -113,10 +113,14 @@ class Fetcher:
             page = place.decode(extent.data, extent.start)
         except LTXError:
             return None  # `_decode_from` says so, and does something about it
+        self._count_ahead(extent)
+        return page
+
+    def _count_ahead(self, extent: Extent) -> None:
+        """A page was found in an extent that had been announced."""
         self._counters.ahead_hits += 1
         if extent.ahead:
             extent.ahead -= 1
-        return page
 
     def _page_from(self, owner: Layer, snapshot: Snapshot, pgno: int, reader: Reader, further: Iterable[int]) -> bytes:
         """The page out of its own file; out of another that holds it where that has vanished."""
@@ -136,9 +140,7 @@ class Fetcher:
                     return place.decode(whole, 0)
                 extent = self._extents.find(layer.number, place.start, place.end)
                 if extent is not None:
-                    self._counters.ahead_hits += 1
-                    if extent.ahead:
-                        extent.ahead -= 1
+                    self._count_ahead(extent)
                     self._ahead(snapshot, further, reader)
                     return self._decode_from(extent, place, reader)
                 if not gone:

@@ -225,12 +225,8 @@ class Hydrator:
             old.remove()
 
     def _alike(self, file: StoredFile, proof: Proof) -> bool:
-        try:
-            header = self._layers.open(file).header
-        except LazyReplicaError as exc:
-            log.info("%s cannot be read: %s", file, exc)
-            return False
-        return (header.timestamp_ms, header.commit) == (proof.timestamp_ms, proof.commit)
+        header = self._layers.header_of(file)
+        return header is not None and proof.matches(header)
 
     def _catch_up(self, copy: LocalCopy) -> None:
         """Append the next transaction that the head has and the copy has not."""

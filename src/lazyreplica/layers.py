@@ -17,7 +17,7 @@ from functools import partial
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from lazyreplica.clock import now
-from lazyreplica.errors import LTXError, ReplicaDamaged, StoreError
+from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged, StoreError
 from lazyreplica.extents import Data, Extent, Extents
 from lazyreplica.ltx.decoder import decode_file
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
@@ -94,6 +94,14 @@ class Layers:
         """The headers of those files that are open."""
         with self._lock:
             return {file: layer.header for file in files if (layer := self._open.get(file)) is not None}
+
+    def header_of(self, file: StoredFile) -> Header | None:
+        """The file's header; None if it cannot be read."""
+        try:
+            return self.open(file).header
+        except LazyReplicaError as exc:
+            log.info("%s cannot be read: %s", file, exc)
+            return None
 
     def kept(self, layer: Layer) -> bytes | None:
         """All bytes of the layer's file, if they are here."""

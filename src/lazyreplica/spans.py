@@ -20,7 +20,7 @@ FIRST = 256 << 10
 
 
 class Place(NamedTuple):
-    """Where a page's frame lies. A tuple: one is made for each page that is read, in a third of a dataclass's time."""
+    """Where a page's frame lies. A tuple: one is made for each page that is read, in half of a dataclass's time."""
 
     pgno: int
     layer: Layer

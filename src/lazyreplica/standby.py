@@ -224,12 +224,8 @@ def _catch_up(restorer: Restorer, output: Path, database: DatabaseFile, state: _
         raise ReplicaError(f"{restorer.store.url} has another page size now: restore {output} again with --force")
 
     def alike(file: StoredFile, proof: Proof) -> bool:
-        try:
-            header = restorer.layers.open(file).header
-        except LazyReplicaError as exc:
-            log.info("%s cannot be read: %s", file, exc)
-            return False
-        return (header.timestamp_ms, header.commit) == (proof.timestamp_ms, proof.commit)
+        header = restorer.layers.header_of(file)
+        return header is not None and proof.matches(header)
 
     found = continuation(state.history, state.txid, restorer.files, alike)
     chain = restorer.layers.open_chain(found.chain) if found else []

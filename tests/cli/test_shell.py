@@ -95,7 +95,6 @@ def test_a_reader_that_has_left_is_no_error_message(bank: Bank, command: str) ->
         assert process.wait(30) == 1
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -104,6 +103,7 @@ def test_ctrl_c_while_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["info"]) == 130
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_replica_catches_up(bank: Bank, tmp_path: Path) -> None:
     other = build_social(tmp_path / "other.db", posts=100)
     before = set(tmp_path.iterdir())

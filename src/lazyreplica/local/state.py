@@ -53,6 +53,10 @@ class Proof:
             b85encode(zlib.compress(pgnos.tobytes(), 1)).decode() if few and pgnos is not None else "",
         )
 
+    def matches(self, header: Header) -> bool:
+        """Whether a file with that header leaves what may be the same state: of that millisecond, and of that size."""
+        return (header.timestamp_ms, header.commit) == (self.timestamp_ms, self.commit)
+
     def pgnos(self) -> array[int] | None:
         """Numbers of the pages that it holds, or None."""
         if not self.pages:
