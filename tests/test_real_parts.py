@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from support.data import build_social, build_varied
 from support.databases import assert_same_files, file_digest
 from support.litestream import LitestreamError, ltx_files, replicate_once, replicating, restore
 from support.servers import S3Server
+from support.waiting import eventually
 
 
 @pytest.fixture
@@ -131,11 +131,4 @@ def test_servers_die_with_a_killed_test_run(tmp_path: Path) -> None:
         pid = int(child.stdout.readline())
         assert is_running(pid)
         child.send_signal(signal.SIGKILL)
-    assert eventually(lambda: not is_running(pid))
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 10) -> bool:
-    deadline = time.monotonic() + timeout
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return condition()
+    eventually(lambda: not is_running(pid))

@@ -6,8 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +15,7 @@ import apsw
 
 import lazyreplica
 from support.process import clean_env
+from support.waiting import eventually
 
 POLL = 0.05
 DEFAULT_FLAGS = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_URI
@@ -60,15 +60,6 @@ def one(connection: apsw.Connection, sql: str, bindings: Any = None) -> Any:
     """The only value of the only row."""
     ((value,),) = connection.execute(sql, bindings)
     return value
-
-
-def eventually(condition: Callable[[], Any], timeout: float = 20, interval: float = 0.02) -> Any:
-    """Poll until ``condition`` is true, and return what it said; fail when time is up."""
-    deadline = time.monotonic() + timeout
-    while not (answer := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {condition}"
-        time.sleep(interval)
-    return answer
 
 
 def wait_hydrated(connection: apsw.Connection, timeout: float = 60) -> Path:

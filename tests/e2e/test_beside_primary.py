@@ -14,12 +14,13 @@ from pathlib import Path
 
 import apsw
 import pytest
-from e2e_helpers import eventually, file_url, one, open_replica, python_env, run_python, txid_of
+from e2e_helpers import file_url, one, open_replica, python_env, run_python, txid_of
 
 import lazyreplica
 from lazyreplica.errors import LineageChanged
 from support.databases import assert_intact, file_digest
 from support.litestream import Litestream, replicate_once, replicating
+from support.waiting import eventually
 
 READER = """
 import sys

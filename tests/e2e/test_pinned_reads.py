@@ -12,12 +12,13 @@ from pathlib import Path
 
 import apsw
 import pytest
-from e2e_helpers import eventually, file_url, one, open_replica, txid_of
+from e2e_helpers import file_url, one, open_replica, txid_of
 
 import lazyreplica
 from lazyreplica import layers
 from support.data import text
 from support.litestream import ltx_files, replicate_once, replicating
+from support.waiting import eventually
 
 STILL = {"levels": ("24h",), "l0_retention": "1h"}
 """No compaction while the test arranges files."""

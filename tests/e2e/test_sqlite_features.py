@@ -16,7 +16,6 @@ import pytest
 from e2e_helpers import (
     DEFAULT_FLAGS,
     POLL,
-    eventually,
     file_url,
     one,
     open_replica,
@@ -33,6 +32,7 @@ from support.bank import bank_writer, build_bank
 from support.data import build_social
 from support.databases import assert_intact, assert_same_rows
 from support.litestream import Litestream, replicate_once, replicating
+from support.waiting import eventually
 
 POSTS = "SELECT count(*) FROM posts"
 

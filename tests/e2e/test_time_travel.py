@@ -14,13 +14,14 @@ from pathlib import Path
 
 import apsw
 import pytest
-from e2e_helpers import eventually, file_url, one, open_replica, open_uri, txid_of, uri, wait_hydrated
+from e2e_helpers import file_url, one, open_replica, open_uri, txid_of, uri, wait_hydrated
 
 import lazyreplica
 from lazyreplica.errors import ConfigError, LineageChanged, NoSuchState, ReplicaGap
 from lazyreplica.ltx import Header
 from support.data import text
 from support.litestream import LitestreamError, ltx_files, replicate_once, replicating, restore
+from support.waiting import eventually
 
 SHOWN = ((18, 20), (24, 32), (40, 44), (92, 96))
 """What page 1 shows otherwise than it is stored: format versions, change counter and size, schema cookie."""

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from replicas import ReplicaDirectory, engine_threads, until
+from replicas import ReplicaDirectory, engine_threads
 
 from lazyreplica import layers
 from lazyreplica.config import ENVIRONMENT
 from lazyreplica.naming import URL_VARIABLE
+from support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,9 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(variable, raising=False)
     yield
     # ... but for those that open a remote store: one may be looking up a host name (tests/conftest.py waits for them)
-    until(lambda: not [name for name in engine_threads() if "-open" not in name], 5, "threads end with their replica")
+    eventually(
+        lambda: not [name for name in engine_threads() if "-open" not in name], what="threads end with their replica"
+    )
 
 
 @pytest.fixture

@@ -281,14 +281,6 @@ def pinned(replica: Replica) -> Iterator[Snapshot]:
         replica.end(snapshot)
 
 
-def until(condition: Callable[[], object], timeout: float = 5.0, what: str = "") -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout:g} seconds: {what or condition}")
-        time.sleep(0.002)
-
-
 _numbers = itertools.count(1)
 
 

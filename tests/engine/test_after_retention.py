@@ -7,13 +7,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from replicas import History, ReplicaDirectory, SpyStore, flying, opened, pinned, read_page, until
+from replicas import History, ReplicaDirectory, SpyStore, flying, opened, pinned, read_page
 
 from lazyreplica import layers
 from lazyreplica.errors import StoreUnavailable
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 PAGES = 400
 
@@ -80,7 +81,7 @@ def test_announced_pages_whose_requests_fail_are_sent_for_again_together(
         spy.before_read = fail
         for pgno in range(10, 20):
             assert replica.read(snapshot, pgno, reader) == history.states[2][pgno]
-            until(lambda: not flying(replica))
+            eventually(lambda: not flying(replica))
         assert sum(failed) > 50 * 500, "many pages were announced, and failed"
         spy.before_read = lambda *args: None
         before = len(spy.reads)

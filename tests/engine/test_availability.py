@@ -10,12 +10,13 @@ from typing import Any
 
 import apsw
 import pytest
-from replicas import FULL, ReplicaDirectory, SpyStore, complete, opened, read_database, sqlite_history, start, until
+from replicas import FULL, ReplicaDirectory, SpyStore, complete, opened, read_database, sqlite_history, start
 
 import lazyreplica
 from lazyreplica import registry
 from lazyreplica.errors import LazyReplicaError, LineageChanged, StoreUnavailable, WaitTimeout
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 
 class SilentStore(SpyStore):
@@ -49,7 +50,7 @@ def test_a_local_replica_is_read_without_waiting_for_a_silent_store(directory: R
     history, _ = start(directory.path, 20)
     store = SilentStore(directory.url)
     with opened(store, poll_interval=0.05, max_staleness=0.1, read_timeout=30.0, **FULL) as replica:
-        until(lambda: complete(replica) and replica.lag >= 0)
+        eventually(lambda: complete(replica) and replica.lag >= 0)
         store.silent = True
         times = []
         for _ in range(40):
@@ -137,7 +138,7 @@ def test_a_connection_may_be_collected_in_one_of_our_threads(
     cycle.append(cycle)
     del cycle
     assert collected.wait(5)
-    until(lambda: not _exists(str(copy)), what="the local copy goes with its connection")
+    eventually(lambda: not _exists(str(copy)), what="the local copy goes with its connection")
 
 
 def _exists(path: str) -> bool:

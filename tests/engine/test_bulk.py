@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import ReplicaDirectory, until
+from replicas import ReplicaDirectory
 
 from lazyreplica import bulk, errors
 from lazyreplica.bulk import (
@@ -44,6 +44,7 @@ from lazyreplica.bulk.pages import PageFile, runs
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, Compression, FileName, Header, decode_file, encode_file
 from lazyreplica.storage import StoredFile, open_store
 from support.servers import S3Server
+from support.waiting import eventually
 
 Wanted = Iterable[int]
 ALWAYS = 30.0
@@ -380,11 +381,11 @@ def test_stop_does_not_wait_for_a_server_that_stalls(tmp_path: Path, big: Big) -
         events: list[Event] = []
         taker = threading.Thread(target=lambda: events.extend(loader.events()))
         taker.start()
-        until(lambda: len(target.present) > 2000)
+        eventually(lambda: len(target.present) > 2000)
         started = time.monotonic()
         loader.stop()
         taker.join(ALWAYS)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 5
         assert not [event for event in events if not isinstance(event, Progress)]
         loader.stop()
     target.check(big.pages)
@@ -460,7 +461,7 @@ def test_while_it_pauses_nothing_comes(tmp_path: Path, big: Big) -> None:
         serving(data, meddle) as (url, file),
         loading(target.job(url, [(file, big.pages)], connections=1)) as loader,
     ):
-        until(lambda: len(asked) == 3 and len(target.present) == whole)
+        eventually(lambda: len(asked) == 3 and len(target.present) == whole)
         loader.pause()
         time.sleep(0.05)
         released.set()
@@ -562,7 +563,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path, forks: bool) -> None:
                 assert runs_still(pid)
                 parent.kill()
                 parent.wait()
-                until(lambda: not runs_still(pid), 0.5)
+                eventually(lambda: not runs_still(pid))
             finally:
                 parent.kill()
                 if sibling:

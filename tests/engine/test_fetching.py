@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, flying, pinned, read_page, start, until
+from replicas import PAGE_SIZE, History, ReplicaDirectory, SpyStore, flying, pinned, read_page, start
 from replicas import opened as opened_as_it_is
 
 from lazyreplica import fetcher, layers, opening, spans
@@ -27,6 +27,7 @@ from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import StoredFile
 from lazyreplica.trees import Trees
+from support.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_many_readers_of_one_page_make_one_request(directory: ReplicaDirectory, 
         readers = [Expecting() for _ in range(8)]
         results = [pool.submit(fetch, replica, snapshot, 5, reader) for reader in readers]
         assert under_way.wait(5)
-        until(lambda: all(reader.asked.is_set() for reader in readers))
+        eventually(lambda: all(reader.asked.is_set() for reader in readers))
         time.sleep(0.05)  # for a second request, if there is one
         go_on.set()
         assert {result.result() for result in results} == {history.states[1][5]}
@@ -147,7 +148,7 @@ def test_a_page_that_another_reads_ahead_is_joined(directory: ReplicaDirectory, 
         assert under_way.wait(5)
         joining = Expecting()
         second = pool.submit(fetch, replica, snapshot, 4, joining)
-        until(joining.asked.is_set)
+        eventually(joining.asked.is_set)
         time.sleep(0.05)
         go_on.set()
         assert (first.result(), second.result()) == (history.states[1][2], history.states[1][4])
@@ -177,7 +178,7 @@ def test_a_row_of_pages_is_one_request_of_each_file_that_has_some(
         for owner in {snapshot.owner(pgno) for pgno in row}:
             begin, end = frames_of(owner, [pgno for pgno in row if snapshot.owner(pgno) is owner])
             expected.append((str(owner.file), begin, end - begin))
-        until(lambda: not flying(replica))
+        eventually(lambda: not flying(replica))
         asked = sorted((str(file), offset, length) for file, offset, length in spy.reads[before:])
         assert asked == sorted(expected), "from the first wanted frame to the last, and what newer files hold read over"
         for pgno in row:
@@ -215,7 +216,7 @@ def test_pages_behind_a_long_gap_are_a_request_of_their_own(
             replica._cache.drop_version(base.number)
             before = len(spy.reads)
             fetch_row(replica, snapshot, 2, 7)
-            until(lambda: not flying(replica))
+            eventually(lambda: not flying(replica))
             asked = [(offset, offset + length) for file, offset, length in spy.reads[before:] if file == base.file]
             assert asked == [frames_of(base, pages) for pages in expected]
 
@@ -233,7 +234,7 @@ def test_a_prediction_may_name_the_page_itself_and_pages_twice(
     with opened(spy) as replica, pinned(replica) as snapshot:
         before = len(spy.reads)
         assert fetch(replica, snapshot, 2, Expecting(*expected)) == history.states[2][2]
-        until(lambda: not flying(replica))
+        eventually(lambda: not flying(replica))
         for owner in {snapshot.owner(pgno) for pgno in (2, *expected)}:
             begin, end = frames_of(owner, [pgno for pgno in expected if snapshot.owner(pgno) is owner] or [2])
             asked = [(offset, offset + length) for file, offset, length in spy.reads[before:] if file == owner.file]
@@ -294,7 +295,7 @@ def test_bytes_read_ahead_that_are_damaged_are_fetched_again(directory: ReplicaD
 
         spy.change = change
         fetch_row(replica, snapshot, 2, 4)
-        until(lambda: done and not flying(replica))
+        eventually(lambda: done and not flying(replica))
         before = len(spy.reads)
         assert [fetch(replica, snapshot, pgno, Expecting()) for pgno in (4, 5)] == [
             history.states[2][p] for p in (4, 5)
@@ -317,7 +318,7 @@ def test_what_fails_ahead_fails_nobody(directory: ReplicaDirectory, spy: SpyStor
 
         spy.before_read = fail
         assert fetch_row(replica, snapshot, 2, 4) == history.states[2][2]
-        until(lambda: failed and not flying(replica))
+        eventually(lambda: failed and not flying(replica))
         assert fetch_row(replica, snapshot, 4, 2) == history.states[2][4]
 
 
@@ -371,7 +372,7 @@ def test_an_interrupted_reader_does_not_hurt_those_who_joined(directory: Replica
         assert under_way.wait(5)
         joining = Expecting()
         joiner = pool.submit(fetch, replica, snapshot, 2, joining)
-        until(joining.asked.is_set)
+        eventually(joining.asked.is_set)
         time.sleep(0.05)
         go_on.set()
         with pytest.raises(KeyboardInterrupt):
@@ -398,7 +399,7 @@ def test_a_failed_leader_does_not_hurt_those_who_joined(directory: ReplicaDirect
         assert under_way.wait(5)
         joining = Expecting()
         joiner = pool.submit(fetch, replica, snapshot, 4, joining)
-        until(joining.asked.is_set)
+        eventually(joining.asked.is_set)
         time.sleep(0.05)
         go_on.set()
         with pytest.raises(StoreUnavailable):
@@ -434,16 +435,16 @@ def test_who_joins_makes_a_request_of_its_own_before_read_timeout(directory: Rep
     """One request may be stuck in a connection that has died, and the next one is answered at once."""
     history, _ = start(directory.path)
     store = StuckStore(directory.url)
-    with opened(store, read_timeout=0.6) as replica, pinned(replica) as snapshot, ThreadPoolExecutor(1) as pool:
+    with opened(store, read_timeout=4) as replica, pinned(replica) as snapshot, ThreadPoolExecutor(1) as pool:
         store.stick()
         leader = pool.submit(fetch_row, replica, snapshot, 2, 4)
         assert store.stuck.wait(5)
         started = time.monotonic()
         assert fetch(replica, snapshot, 3, Expecting()) == history.states[1][3]
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3.5
         assert not leader.done()
-        assert store.timeouts[0] == pytest.approx(0.6)
-        assert store.timeouts[1:] == [pytest.approx(0.3)], "both waits together stay within read_timeout"
+        assert store.timeouts[0] == pytest.approx(4)
+        assert store.timeouts[1:] == [pytest.approx(2)], "both waits together stay within read_timeout"
         if answers:
             store.go_on.set()
             assert leader.result() == history.states[1][2]
@@ -561,7 +562,7 @@ def test_an_increment_is_verified_soon_after_the_open_and_kept(
 ) -> None:
     monkeypatch.setattr(layers, "KEEP_TOTAL", 1 << 20)
     with opened_as_it_is(verified_later) as replica:
-        until(lambda: replica.layers.kept(increment_of(replica)) is not None)
+        eventually(lambda: replica.layers.kept(increment_of(replica)) is not None)
         assert replica.layers.distrusted(increment_of(replica)) is None
 
 
@@ -572,7 +573,7 @@ def test_an_increment_that_is_found_damaged_after_the_open_shows_no_older_page(
 ) -> None:
     exchange_page_number(directory)
     with opened_as_it_is(verified_later) as replica, pinned(replica) as snapshot:
-        until(lambda: replica.layers.distrusted(increment_of(replica)))
+        eventually(lambda: replica.layers.distrusted(increment_of(replica)))
         for pgno in (4, 5, 3):
             with pytest.raises(LTXError, match=r"0{15}2-0{15}2.ltx"):
                 read_page(replica, snapshot, pgno)
@@ -592,7 +593,7 @@ def test_a_page_that_was_read_before_the_damage_was_found_is_not_shown_again(
     with opened_as_it_is(verified_later) as replica, pinned(replica) as snapshot:
         read_page(replica, snapshot, 5)  # as good as any page before the file is verified
         go_on.set()
-        until(lambda: replica.layers.distrusted(increment_of(replica)))
+        eventually(lambda: replica.layers.distrusted(increment_of(replica)))
         with pytest.raises(LTXError, match=r"0{15}2-0{15}2.ltx"):
             read_page(replica, snapshot, 5)
 
@@ -612,8 +613,8 @@ def test_an_increment_that_could_not_be_verified_at_first_is_verified_later(
 
     verified_later.before_read = fail
     with opened_as_it_is(verified_later, poll_interval=0.01) as replica:
-        until(lambda: failed)
-        until(lambda: replica.layers.distrusted(increment_of(replica)), 5, "somebody verifies it after all")
+        eventually(lambda: failed)
+        eventually(lambda: replica.layers.distrusted(increment_of(replica)), 5, "somebody verifies it after all")
 
 
 def test_what_was_verified_when_it_was_opened_is_not_read_again(directory: ReplicaDirectory, spy: SpyStore) -> None:

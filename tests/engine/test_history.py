@@ -7,17 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replicas import (
-    FULL,
-    History,
-    ReplicaDirectory,
-    SpyStore,
-    complete,
-    opened,
-    read_page,
-    start,
-    until,
-)
+from replicas import FULL, History, ReplicaDirectory, SpyStore, complete, opened, read_page, start
 
 from lazyreplica import layers
 from lazyreplica.errors import FileVanished, LTXError, NoSuchState, SnapshotGone
@@ -25,6 +15,7 @@ from lazyreplica.ltx import FLAG_NO_CHECKSUM, Header, encode_file
 from lazyreplica.moments import AtTime, AtTXID, Moment
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
+from support.waiting import eventually
 
 T0 = 1_700_000_000_000
 """The time of TXID n is n milliseconds later (see `History.file`)."""
@@ -178,7 +169,7 @@ def test_views_beside_a_local_copy_that_changes(tmp_path: Path, monkeypatch: pyt
     history, directory = start(tmp_path / "r", 30)
     spy = SpyStore(directory.url)
     with opened(spy, **FULL, poll_interval=0.01, cache_size=0) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         stop = threading.Event()
         wrong: list[Any] = []
 
@@ -195,17 +186,17 @@ def test_views_beside_a_local_copy_that_changes(tmp_path: Path, monkeypatch: pyt
         for n in range(60):
             history.commit([1 + n % 30, 1 + n * 11 % 30])
             directory.sync(history)
-            until(lambda: replica.head.txid == history.txid)
+            eventually(lambda: replica.head.txid == history.txid)
         stop.set()
         for thread in threads:
             thread.join()
         assert wrong == []
-        until(lambda: complete(replica), what="views that have ended hold nothing back")
+        eventually(lambda: complete(replica), what="views that have ended hold nothing back")
         past = replica.at(AtTXID(history.txid - 1))
         replica.begin(past.lineage.number, past)
         history.commit([9])
         directory.sync(history)
-        until(lambda: replica.head.txid == history.txid)
+        eventually(lambda: replica.head.txid == history.txid)
         spy.reads = []
         shared = [p for p in range(1, 31) if p not in (*history.changed[-1], *history.changed[-2])]
         assert [read_page(replica, past, p) for p in shared] == [history.states[-3][p] for p in shared]

@@ -22,13 +22,13 @@ from replicas import (
     read_database,
     read_page,
     start,
-    until,
 )
 
 from lazyreplica import filling, layers
 from lazyreplica.errors import LTXError
 from lazyreplica.local.base import Base
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -43,7 +43,7 @@ def test_the_file_becomes_the_database(
     history = long_replica(directory)
     spy = SpyStore(directory.url)
     with opened(spy, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert hydration_file(replica).read_bytes() == history.database()
         before = len(spy.reads)
         assert read_database(replica) == history.database()
@@ -54,7 +54,7 @@ def test_it_follows_the_head_without_reading_what_came_with_it(directory: Replic
     history = long_replica(directory)
     spy = SpyStore(directory.url)
     with opened(spy, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         before = len(spy.reads)
         for written, size in (([4], 30), ([50], 50), ([1], 12), ([12], 20)):
             history.commit(written, size)
@@ -69,7 +69,7 @@ def test_a_pinned_snapshot_stays_local_while_the_head_moves(directory: ReplicaDi
     history = long_replica(directory)
     spy = SpyStore(directory.url)
     with opened(spy, cache_size=0, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         before, reads = history.database(), len(spy.reads)
         with pinned(replica) as snapshot:
             history.commit([2, 9, 30], 12)
@@ -83,11 +83,11 @@ def test_a_pinned_snapshot_stays_local_while_the_head_moves(directory: ReplicaDi
 def test_whole_database_file_with_another_history_is_hydrated_anew(directory: ReplicaDirectory) -> None:
     long_replica(directory)
     with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         directory.wipe()
         other, _ = start(directory.path, 11, name="other")
         replica.refresh()
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert hydration_file(replica).read_bytes() == other.database()
         assert read_database(replica) == other.database()
 
@@ -113,7 +113,7 @@ def test_a_file_that_fails_its_checksum_stops_hydration_and_gives_no_page(
     directory.sync(history)
     flip_literal(directory, 0, 1, 1, history.states[1][9])
     with opened(directory, **FULL) as replica, caplog.at_level(logging.ERROR):
-        until(lambda: "hydration of" in caplog.text)
+        eventually(lambda: "hydration of" in caplog.text)
         assert replica.hydration_progress < 100
         with pinned(replica) as snapshot:
             for pgno in (1, 5, 9, 20):
@@ -138,7 +138,7 @@ def test_damage_on_the_wire_is_read_again(directory: ReplicaDirectory) -> None:
 
     spy.change = spoil
     with opened(spy, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert spoiled
         assert hydration_file(replica).read_bytes() == history.database()
 
@@ -161,7 +161,7 @@ def test_a_frame_broken_on_the_wire_leaves_no_hole_in_the_database(directory: Re
 
     spy.change = spoil
     with opened(spy, hydration_path=str(tmp_path / "local.db"), **FULL):
-        until((tmp_path / "local.db").exists)
+        eventually((tmp_path / "local.db").exists)
         assert spoiled
         assert (tmp_path / "local.db").read_bytes() == history.database()
 
@@ -175,7 +175,7 @@ def test_a_full_disk_ends_the_local_copy_and_not_the_replica(
     history, _ = start(directory.path, 20)
     monkeypatch.setattr(Base, "write", disk_full)
     with caplog.at_level(logging.WARNING), opened(directory, **FULL) as replica:
-        until(lambda: "given up" in caplog.text)
+        eventually(lambda: "given up" in caplog.text)
         assert "No space left" in caplog.text
         assert read_database(replica) == history.database()
         history.commit([3])
@@ -190,7 +190,7 @@ def test_a_disk_that_fills_up_later_ends_the_local_copy_and_not_the_replica(
 ) -> None:
     history, _ = start(directory.path, 20)
     with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         monkeypatch.setattr(os, "pwrite", disk_full)
         with pinned(replica) as snapshot:
             history.commit([3])
@@ -242,7 +242,7 @@ def test_a_copy_that_was_given_up_gives_its_space_back(
 ) -> None:
     history, _ = start(directory.path, 20)
     with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         monkeypatch.setattr(os, "pwrite", disk_full)
         with pinned(replica):
             history.commit([3])

@@ -7,12 +7,13 @@ import threading
 import time
 
 import pytest
-from replicas import ReplicaDirectory, SpyStore, opened, read_database, start, until
+from replicas import ReplicaDirectory, SpyStore, opened, read_database, start
 
 from lazyreplica import clock, follower
 from lazyreplica.errors import (
     WaitTimeout,
 )
+from support.waiting import eventually
 
 
 def test_a_follower_notices_by_itself(directory: ReplicaDirectory) -> None:
@@ -21,7 +22,7 @@ def test_a_follower_notices_by_itself(directory: ReplicaDirectory) -> None:
         for _ in range(3):
             history.commit([2])
             directory.sync(history)
-            until(lambda: replica.head.txid == history.txid)
+            eventually(lambda: replica.head.txid == history.txid)
             assert read_database(replica) == history.database()
         assert 0 <= replica.lag < 1
 
@@ -32,14 +33,14 @@ def test_a_follower_that_fails_says_so_once_and_recovers(
     history, _ = start(directory.path)
     with caplog.at_level(logging.INFO), opened(directory, poll_interval=0.01) as replica:
         directory.path.rename(directory.path.with_name("away"))
-        until(lambda: "cannot follow" in caplog.text)
+        eventually(lambda: "cannot follow" in caplog.text)
         time.sleep(0.05)
         assert sum(r.levelno == logging.WARNING for r in caplog.records) == 1
         directory.path.with_name("away").rename(directory.path)
         history.commit([2])
         directory.sync(history)
-        until(lambda: replica.head.txid == 2)
-        until(lambda: "again" in caplog.text)
+        eventually(lambda: replica.head.txid == 2)
+        eventually(lambda: "again" in caplog.text)
 
 
 def test_a_fixed_head_moves_only_when_asked(directory: ReplicaDirectory) -> None:
@@ -106,7 +107,7 @@ def test_wait_for_gives_up_in_time(directory: ReplicaDirectory) -> None:
         started = time.monotonic()
         with pytest.raises(WaitTimeout, match=r"is at TXID 0000000000000001 after 0\.1 seconds") as caught:
             replica.wait_for(2, 0.1)
-        assert 0.09 < time.monotonic() - started < 1
+        assert 0.09 < time.monotonic() - started < 5
         assert isinstance(caught.value, TimeoutError)
 
 

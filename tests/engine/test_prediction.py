@@ -16,18 +16,7 @@ from typing import Any
 
 import apsw
 import pytest
-from replicas import (
-    History,
-    ReplicaDirectory,
-    SpyStore,
-    engine_threads,
-    flying,
-    opened,
-    pinned,
-    read_page,
-    start,
-    until,
-)
+from replicas import History, ReplicaDirectory, SpyStore, engine_threads, flying, opened, pinned, read_page, start
 from sqlite_trees import noise
 
 import lazyreplica
@@ -39,6 +28,7 @@ from lazyreplica.prefetch import Reader
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Snapshot
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 AHEAD_THREAD = "lazyreplica-readahead"
 
@@ -390,7 +380,7 @@ def idle(replica: Replica) -> bool:
 def quiet(spy: SpyStore, **options: Any) -> Iterator[Replica]:
     """A replica of which nothing is here, and whose threads do nothing unless a reader announces something."""
     with opened(spy, prefetch=frozenset(), **options) as replica:
-        until(lambda: idle(replica))
+        eventually(lambda: idle(replica))
         for layer in replica.head.pages.layers():
             replica.layers.extents.drop(layer.number)
         yield replica
@@ -403,7 +393,7 @@ def test_a_page_that_is_on_its_way_is_waited_for(directory: ReplicaDirectory, fa
     with quiet(spy, cache_size=cache_size) as replica, pinned(replica) as snapshot, ThreadPoolExecutor(3) as pool:
         hold = Hold(spy)
         assert replica.read(snapshot, 3, Announcing(replica, {3: [20, 30]})) == history.states[1][3]
-        until(lambda: len(hold.under_way) == 2)
+        eventually(lambda: len(hold.under_way) == 2)
         before = len(spy.reads)
         waiting = [pool.submit(read_page, replica, snapshot, pgno) for pgno in (20, 30, 20)]
         time.sleep(0.05)
@@ -421,7 +411,7 @@ def test_a_page_that_still_waits_for_a_thread_is_fetched_by_who_needs_it(
     with quiet(spy) as replica, pinned(replica) as snapshot:
         hold = Hold(spy)
         replica.read(snapshot, 3, Announcing(replica, {3: [20, 30, 35]}))
-        until(lambda: len(hold.under_way) == 1)
+        eventually(lambda: len(hold.under_way) == 1)
         before = len(spy.reads)
         # The one thread hangs at page 20: those behind do not.
         assert read_page(replica, snapshot, 30) == history.states[1][30]
@@ -429,7 +419,7 @@ def test_a_page_that_still_waits_for_a_thread_is_fetched_by_who_needs_it(
         assert len(spy.reads) == before + 2
         hold.go_on.set()
         assert read_page(replica, snapshot, 20) == history.states[1][20]
-        until(lambda: idle(replica))
+        eventually(lambda: idle(replica))
         assert len(spy.reads) == before + 2, "the thread finds that nothing is left to do"
 
 
@@ -442,7 +432,7 @@ def test_a_request_ahead_that_hangs_is_waited_for_only_so_long(
     with quiet(spy) as replica, pinned(replica) as snapshot:
         hold = Hold(spy)
         replica.read(snapshot, 3, Announcing(replica, {3: [20]}))
-        until(lambda: hold.under_way)
+        eventually(lambda: hold.under_way)
         started = time.monotonic()
         assert read_page(replica, snapshot, 20) == history.states[1][20]
         assert 0.04 < time.monotonic() - started < 2
@@ -458,12 +448,12 @@ def test_a_request_ahead_that_fails_is_made_again_by_who_waits(directory: Replic
     with quiet(spy) as replica, pinned(replica) as snapshot, ThreadPoolExecutor(2) as pool:
         hold = Hold(spy, fail)
         replica.read(snapshot, 3, Announcing(replica, {3: [20, 21]}))
-        until(lambda: len(hold.under_way) == 2)
+        eventually(lambda: len(hold.under_way) == 2)
         waiting = pool.submit(read_page, replica, snapshot, 20)
         time.sleep(0.02)
         hold.go_on.set()
         assert waiting.result() == history.states[1][20]
-        until(lambda: idle(replica))
+        eventually(lambda: idle(replica))
         assert read_page(replica, snapshot, 21) == history.states[1][21], "also who comes later"
         assert not flying(replica)
 
@@ -488,7 +478,7 @@ def test_a_demand_read_that_fails_is_an_error_and_the_next_one_tries_anew(
         failing.clear()
         assert replica.read(snapshot, 20, reader) == history.states[1][20]
         assert read_page(replica, snapshot, 25) == history.states[1][25]
-        until(lambda: not flying(replica))
+        eventually(lambda: not flying(replica))
 
 
 def test_damaged_bytes_that_came_ahead_are_fetched_again(
@@ -499,7 +489,7 @@ def test_damaged_bytes_that_came_ahead_are_fetched_again(
     with quiet(spy) as replica, pinned(replica) as snapshot:
         spy.change = lambda file, offset, data: bytes(len(data)) if ahead() else data
         replica.read(snapshot, 3, Announcing(replica, {3: [20, 21]}))
-        until(lambda: idle(replica))
+        eventually(lambda: idle(replica))
         before = len(spy.reads)
         assert read_page(replica, snapshot, 20) == history.states[1][20]
         assert read_page(replica, snapshot, 21) == history.states[1][21]
@@ -515,7 +505,7 @@ def test_a_file_that_vanishes_while_it_is_read_ahead_is_harmless(directory: Repl
     with quiet(spy) as replica, pinned(replica) as snapshot, ThreadPoolExecutor(2) as pool:
         hold = Hold(spy)
         replica.read(snapshot, 3, Announcing(replica, {3: [20, 30]}))
-        until(lambda: len(hold.under_way) == 2)
+        eventually(lambda: len(hold.under_way) == 2)
         waiting = pool.submit(read_page, replica, snapshot, 20)
         directory.write(history, 9, 1, 2)
         directory.remove(0, 1)
@@ -573,7 +563,7 @@ def test_closing_ends_what_is_read_ahead_and_forgets_what_waits(directory: Repli
         reader = Announcing(replica, {3: [], 5: list(range(10, 190, 10))})
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(replica.read, snapshot, 5, reader)
-            until(lambda: len(spy.reads) == before + 5, what="four threads, and the one who waits")
+            eventually(lambda: len(spy.reads) == before + 5, what="four threads, and the one who waits")
             started = time.monotonic()
             replica.close()
             assert time.monotonic() - started < 2
@@ -592,7 +582,7 @@ def test_closing_does_not_wait_for_the_crawl(directory: ReplicaDirectory, source
             time.sleep(pause)
             started = time.monotonic()
         assert time.monotonic() - started < 2
-        until(lambda: not engine_threads(), 2)
+        eventually(lambda: not engine_threads())
 
 
 # -- how much at once --
@@ -610,7 +600,7 @@ def test_what_is_on_its_way_is_bounded_and_the_rest_is_refused(
         reader = Announcing(replica, {3: list(range(10, 200, 2))})
         assert replica.read(snapshot, 3, reader) == history.states[1][3]
         assert 0 < len(reader.was_refused) < 95
-        until(lambda: len(hold.under_way) == 95 - len(reader.was_refused))
+        eventually(lambda: len(hold.under_way) == 95 - len(reader.was_refused))
         assert sum(length for _, length in hold.under_way) <= 20 * 530
         assert sorted([*reader.was_refused, *(pages_at(snapshot, hold.under_way))]) == list(range(10, 200, 2))
         hold.go_on.set()
@@ -645,7 +635,7 @@ def test_what_is_here_or_on_its_way_is_not_asked_for_again(directory: ReplicaDir
         hold = Hold(spy)
         for pgno in (3, 4):
             replica.read(snapshot, pgno, Announcing(replica, {pgno: [10, 20, 30, 20]}))
-        until(lambda: len(hold.under_way) == 2)
+        eventually(lambda: len(hold.under_way) == 2)
         hold.go_on.set()
         for pgno in (20, 30):
             read_page(replica, snapshot, pgno)
@@ -671,7 +661,7 @@ def test_a_page_that_is_announced_while_it_is_read_is_read_from_its_place(
         before = len(spy.reads)
         reader = Announcing(replica, {7: [150, 7, 160]})
         assert replica.read(snapshot, 7, reader) == history.states[2][7]
-        until(lambda: len(spy.reads) >= before + 3)
+        eventually(lambda: len(spy.reads) >= before + 3)
         assert sorted(length for _, _, length in spy.reads[before:]) == [
             size for pgno in (7, 150, 160) for _, size in [snapshot.owner(pgno).index.get(pgno) or (0, 0)]
         ]
@@ -782,8 +772,8 @@ def test_all_interior_pages_are_known_soon_after_the_open(
         assert len(expected) > 5
         with opened(SpyStore(replicated.url, parallel)) as replica, pinned(replica) as snapshot:
             for pgno in expected:
-                until(lambda pgno=pgno: replica._trees.interior(pgno))
-                until(lambda pgno=pgno: (pgno, snapshot.owner(pgno).number) in replica._cache)
+                eventually(lambda pgno=pgno: replica._trees.interior(pgno))
+                eventually(lambda pgno=pgno: (pgno, snapshot.owner(pgno).number) in replica._cache)
             roots = apsw_column(source, "SELECT rootpage FROM sqlite_schema WHERE rootpage > 0")
             assert all(replica._trees.is_root(root) for root in roots)
 
@@ -792,8 +782,8 @@ def test_the_crawl_reads_few_leaves(sources: list[Source], directory: ReplicaDir
     """One for each tree: to know that the level is one of leaves."""
     replicated = sources[0].replicate(directory.path, random.Random(1))
     with opened(SpyStore(replicated.url, 8)) as replica:
-        until(lambda: all(replica._trees.interior(pgno) for pgno in interiors(sources[0])))
-        until(lambda: idle(replica))
+        eventually(lambda: all(replica._trees.interior(pgno) for pgno in interiors(sources[0])))
+        eventually(lambda: idle(replica))
         kept = len(replica._cache._probation)
         trees = len(apsw_column(sources[0], "SELECT rootpage FROM sqlite_schema WHERE rootpage > 0"))
         assert kept <= 2 * trees + 20
@@ -805,8 +795,8 @@ def test_the_crawl_of_a_large_database_ends(
     monkeypatch.setattr("lazyreplica.crawl._MOST", 12)
     replicated = sources[0].replicate(directory.path, random.Random(1))
     with opened(SpyStore(replicated.url, 8), cache_size=1 << 24) as replica:
-        until(lambda: replica._trees.is_root(2))
-        until(lambda: idle(replica))
+        eventually(lambda: replica._trees.is_root(2))
+        eventually(lambda: idle(replica))
         assert len(replica._trees._interiors) <= 12 + 4, "and the pages that showed what the level below is"
         assert len(replica._cache._probation) + len(replica._cache._protected) <= 12 + 12 // 4 + 24
 
@@ -830,7 +820,7 @@ def test_the_crawl_fails_quietly(
     spy.before_read = fail
     state = sources[0].history.states[-1]
     with opened(spy) as replica, pinned(replica) as snapshot:
-        until(lambda: idle(replica))
+        eventually(lambda: idle(replica))
         for pgno in (1, 2, 50):
             assert read_page(replica, snapshot, pgno) == state[pgno]
     assert no_trouble(caplog)
@@ -855,8 +845,8 @@ def test_a_schema_that_lies_is_survived(directory: ReplicaDirectory, caplog: pyt
     history.put(pages, len(pages))
     directory.write(history, 9, 1, 1)
     with opened(SpyStore(directory.url, 4)) as replica, pinned(replica) as snapshot:
-        until(lambda: replica._trees.is_root(2))
-        until(lambda: idle(replica))
+        eventually(lambda: replica._trees.is_root(2))
+        eventually(lambda: idle(replica))
         reader = replica.reader()
         for pgno in [*pages, *reversed(pages)] * 3:
             assert replica.read(snapshot, pgno, reader) == pages[pgno]

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import apsw
 import pytest
-from replicas import History, ReplicaDirectory, engine_threads, until
+from replicas import History, ReplicaDirectory, engine_threads
 
 import lazyreplica
 from lazyreplica import registry
 from lazyreplica.config import Options
 from lazyreplica.errors import BucketNotFound, ReplicaError
+from support.waiting import eventually
 
 HERE = Path(__file__).parent
 LAZY = Options(hydrate=False, poll_interval=0.0)
@@ -148,7 +149,7 @@ def test_a_forked_child_opens_its_own_and_the_parent_goes_on(
     db = connect(directory, hydrate=hydrate)
     assert db.execute("SELECT count(*) FROM t").get == 200
     if hydrate:
-        until(lambda: db.pragma("litestream_hydration_progress") in (100, "100.0"))
+        eventually(lambda: db.pragma("litestream_hydration_progress") in (100, "100.0"))
 
     def child() -> None:
         with pytest.raises(apsw.Error, match="opened before this process was forked") as caught:
@@ -353,9 +354,9 @@ def test_the_copy_of_another_process_is_shared_and_outlives_it(
     process, published = hold(directory, str(target), tmp_path / "tmp")
     try:
         assert published == target
-        until(target.exists)
+        eventually(target.exists)
         other = connect(directory, hydrate=True, hydration_path=target, poll_interval=0.05)
-        until(lambda: float(str(other.pragma("litestream_hydration_progress"))) == 100)
+        eventually(lambda: float(str(other.pragma("litestream_hydration_progress"))) == 100)
         assert str(other.pragma("litestream_hydration_file")) == str(target)
         assert other.execute("SELECT sum(b) FROM t").get == sum(n * n for n in range(201))
     finally:
@@ -363,7 +364,7 @@ def test_the_copy_of_another_process_is_shared_and_outlives_it(
     assert target.read_bytes() == history.database()
     history.put({1: history.states[1][1]}, len(history.states[1]))
     directory.sync(history)
-    until(lambda: other.pragma("litestream_txid") == f"{history.txid:016x}")
+    eventually(lambda: other.pragma("litestream_txid") == f"{history.txid:016x}")
     assert other.execute("SELECT sum(b) FROM t").get == sum(n * n for n in range(201))
     other.close()
     assert target.read_bytes() == history.database()

@@ -23,7 +23,6 @@ from replicas import (
     pinned,
     read_database,
     start,
-    until,
 )
 
 from lazyreplica import filling
@@ -34,6 +33,7 @@ from lazyreplica.hydrator import Hydrator
 from lazyreplica.local.directory import CopyDirectory
 from lazyreplica.replica import Replica
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 
 def test_hydration_path_appears_whole_and_stays(directory: ReplicaDirectory, tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_hydration_path_appears_whole_and_stays(directory: ReplicaDirectory, tmp
     target = tmp_path / "local.db"
     with opened(directory, hydration_path=str(target), **FULL) as replica:
         assert replica.hydration_file == str(target)
-        until(lambda: complete(replica))
-        until(target.exists)
+        eventually(lambda: complete(replica))
+        eventually(target.exists)
         assert target.read_bytes() == history.database()
         assert replica.hydration_txid == history.txid
     assert target.read_bytes() == history.database()
@@ -70,15 +70,15 @@ def test_a_reader_at_rest_learns_that_the_copy_is_whole(
             hold.active = False
             return "none" if hold.view is None else "part" if hold.view.whole is None else "all"
 
-        until(lambda: all(sees(*reader) == "part" for reader in readers))
+        eventually(lambda: all(sees(*reader) == "part" for reader in readers))
         if arrives:  # and is folded into the base, when all pages are here
             history.commit([3, 40])
             directory.sync(history)
             owner.refresh()
             assert sees(*readers[0]) == "part"
         go.set()
-        until(lambda: complete(owner))
-        until(lambda: all(sees(*reader) == "all" for reader in readers))
+        eventually(lambda: complete(owner))
+        eventually(lambda: all(sees(*reader) == "all" for reader in readers))
         assert owner.resume(readers[0][1]), "and goes on with that"
 
 
@@ -88,7 +88,7 @@ def test_a_reader_at_rest_learns_that_a_kept_copy_has_caught_up(
     history = long_replica(directory)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
     history.commit([3, 40])
     directory.sync(history)
     go = threading.Event()
@@ -99,7 +99,7 @@ def test_a_reader_at_rest_learns_that_a_kept_copy_has_caught_up(
         hold.active = False
         assert hold.view is None, "it is one transaction behind"
         go.set()
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert not replica.resume(hold)
         replica.begin_again(hold, replica.head.lineage.number)
         assert hold.view is not None
@@ -109,7 +109,7 @@ def test_whether_the_copy_is_whole_is_asked_without_waiting_for_a_fold(directory
     """Also by a connection that the garbage collector closes in the thread that has the lock."""
     long_replica(directory)
     with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert replica._hydrator is not None
         copy = replica._hydrator.local.copy
         assert copy is not None and copy.check_whole()
@@ -134,7 +134,7 @@ def test_what_came_while_it_was_open_is_in_the_file_after_a_clean_close(
     history = long_replica(directory)
     target = tmp_path / "local.db"
     with opened(directory, hydration_path=str(target), **FULL) as replica:
-        until(target.exists)
+        eventually(target.exists)
         whole = history.txid
         for written, size in (([4], 30), ([50], 50), ([1], 12), ([12], 20), ([3, 4], 19)):
             history.commit(written, size)
@@ -153,7 +153,7 @@ def test_a_later_process_reads_from_the_store_only_what_is_new(
     history = long_replica(directory)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
     for n in range(more):
         history.commit([n + 1, 30 - n])
         directory.sync(history)
@@ -166,7 +166,7 @@ def test_a_later_process_reads_from_the_store_only_what_is_new(
 
     spy.before_read = note
     with opened(spy, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         opening = len(spy.reads)
         assert read_database(replica) == local_database(replica) == history.database()
         assert len(spy.reads) == opening
@@ -180,7 +180,7 @@ def test_a_copy_whose_last_transaction_was_compacted_away_is_continued(
     history = long_replica(directory)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         inode = (tmp_path / "local.db").stat().st_ino
     end = history.txid
     for n in range(4):
@@ -191,7 +191,7 @@ def test_a_copy_whose_last_transaction_was_compacted_away_is_continued(
     for txid in range(2, history.txid):
         directory.remove(0, txid)
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert read_database(replica) == local_database(replica) == history.database()
     assert (tmp_path / "local.db").read_bytes() == history.database()
     assert (tmp_path / "local.db").stat().st_ino == inode, "the same copy, not another one"
@@ -201,14 +201,14 @@ def test_a_copy_of_another_history_is_made_anew(directory: ReplicaDirectory, tmp
     long_replica(directory)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
     directory.wipe()
     other = History("other")
     for n in range(7):
         other.commit([1, n + 1], size=20)
         directory.sync(other)
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert read_database(replica) == local_database(replica) == other.database()
     assert (tmp_path / "local.db").read_bytes() == other.database()
 
@@ -224,7 +224,7 @@ def test_a_history_that_was_put_back_and_went_on_differently_is_not_mixed(
         directory.sync(history)
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
     other = History("db")
     other.put(history.states[1], 20)
     for written in ([5], [6], [7], [8]):
@@ -234,7 +234,7 @@ def test_a_history_that_was_put_back_and_went_on_differently_is_not_mixed(
         directory.remove(0, txid)
     directory.write(other, 1, 2, 5)
     with opened(directory, **options) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert read_database(replica) == local_database(replica) == other.database()
 
 
@@ -324,11 +324,11 @@ def test_what_is_published_is_one_transaction(
             directory.sync(history)
             replica.refresh()
             go_on.set()
-            until(lambda: replica.hydration_progress >= 99.9)  # all local, and published after the reader
+            eventually(lambda: replica.hydration_progress >= 99.9)  # all local, and published after the reader
             if target.exists():
                 assert target.read_bytes() in (history.database(1), history.database(2))
-        until(target.exists)
-        until(lambda: target.read_bytes() == history.database(2))
+        eventually(target.exists)
+        eventually(lambda: target.read_bytes() == history.database(2))
 
 
 def test_a_new_history_is_never_mixed_into_the_old_copy(
@@ -337,15 +337,15 @@ def test_a_new_history_is_never_mixed_into_the_old_copy(
     start(directory.path, 20)
     target = tmp_path / "local.db"
     with opened(directory, hydration_path=str(target), **FULL) as replica:
-        until(target.exists)
+        eventually(target.exists)
         for n in range(5):
             directory.wipe()
             other, _ = start(directory.path, 12 + n, name=n)
             replica.refresh()
-            until(lambda: complete(replica))
+            eventually(lambda: complete(replica))
             assert read_database(replica) == local_database(replica) == other.database()
             whole = other.database()
-            until(lambda: target.exists() and target.read_bytes() == whole)  # noqa: B023
+            eventually(lambda: target.exists() and target.read_bytes() == whole)  # noqa: B023
 
 
 def test_two_users_of_one_hydration_path_share_one_copy(directory: ReplicaDirectory, tmp_path: Path) -> None:
@@ -353,16 +353,16 @@ def test_two_users_of_one_hydration_path_share_one_copy(directory: ReplicaDirect
     target = tmp_path / "local.db"
     options = {"hydration_path": str(target), "poll_interval": 0.1, **FULL}
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         spy = SpyStore(directory.url)
         with opened(spy, **options) as second:
-            until(lambda: complete(second))
+            eventually(lambda: complete(second))
             assert second.hydration_file == first.hydration_file == str(target)
             asked = len(spy.reads), len(spy.probes), spy.listings
             for n in range(5):
                 history.commit([n + 1])
                 directory.sync(history)
-                until(lambda: second.head.txid == history.txid)
+                eventually(lambda: second.head.txid == history.txid)
                 assert read_database(second) == local_database(second) == history.database()
             assert asked == (len(spy.reads), len(spy.probes), spy.listings), "one of them asks for both"
             assert 0 <= second.lag < 5
@@ -376,17 +376,17 @@ def test_the_copy_is_taken_over_when_its_owner_goes(directory: ReplicaDirectory,
     options = {"hydration_path": str(target), "poll_interval": 0.02, **FULL}
     with contextlib.ExitStack() as others:
         first = others.enter_context(opened(directory, **options))
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         with opened(directory, **options) as second:
             history.commit([2])
             directory.sync(history)
-            until(lambda: second.head.txid == history.txid)
+            eventually(lambda: second.head.txid == history.txid)
             others.close()
             for _ in range(3):
                 history.commit([3, 30])
                 directory.sync(history)
-                until(lambda: second.head.txid == history.txid)
-                until(lambda: local_database(second) == history.database())
+                eventually(lambda: second.head.txid == history.txid)
+                eventually(lambda: local_database(second) == history.database())
     assert target.read_bytes() == history.database()
 
 
@@ -397,14 +397,14 @@ def test_a_path_that_holds_another_replicas_copy_is_left_to_it(
     other, elsewhere = start(tmp_path / "elsewhere", 12, name="other")
     options = {"hydration_path": str(tmp_path / "local.db"), **FULL}
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         with opened(elsewhere, **options) as second:
-            until(lambda: complete(second))
+            eventually(lambda: complete(second))
             assert second.hydration_file not in (None, first.hydration_file)
             assert read_database(second) == other.database()
     assert "holds a copy of" in caplog.text
     with opened(elsewhere, **options) as second:
-        until(lambda: complete(second))
+        eventually(lambda: complete(second))
         assert second.hydration_file == str(tmp_path / "local.db"), "nobody uses it any more"
     assert (tmp_path / "local.db").read_bytes() == other.database()
 
@@ -412,7 +412,7 @@ def test_a_path_that_holds_another_replicas_copy_is_left_to_it(
 def test_nothing_is_left_of_a_private_copy(directory: ReplicaDirectory, tmp_path: Path) -> None:
     start(directory.path, 9)
     with opened(directory, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         assert list(leftovers(tmp_path))
     assert not list(leftovers(tmp_path))
 
@@ -424,7 +424,7 @@ def leftovers(tmp_path: Path) -> Iterator[Path]:
 # Regression: the copy of the old history stayed in the directory until the replica was closed.
 def test_the_copy_of_an_old_history_gives_its_space_back(directory: ReplicaDirectory, tmp_path: Path) -> None:
     with opened_after_wipes(directory, 3) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         copies = [path for path in (tmp_path / "tmp").rglob("base-*") if path.is_file()]
         assert copies == [hydration_file(replica)]
 
@@ -434,7 +434,7 @@ def opened_after_wipes(directory: ReplicaDirectory, wipes: int) -> Iterator[Repl
     start(directory.path, 20)
     with opened(directory, **FULL) as replica:
         for n in range(wipes):
-            until(lambda: complete(replica))
+            eventually(lambda: complete(replica))
             directory.wipe()
             start(directory.path, 20, name=n)
             replica.refresh()

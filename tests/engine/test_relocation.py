@@ -19,7 +19,6 @@ from replicas import (
     read_page,
     sqlite_history,
     start,
-    until,
 )
 
 import lazyreplica
@@ -28,6 +27,7 @@ from lazyreplica.errors import LTXError, ReplicaGap, SnapshotGone
 from lazyreplica.ltx.name import FileName
 from lazyreplica.plan import plan
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 LAZY = {"cache_size": 0, "poll_interval": 600.0, "max_staleness": 600.0}
 """Keeps nothing in memory; follows, but only when asked."""
@@ -346,6 +346,6 @@ def test_the_hydrator_finds_vanished_pages_too(directory: ReplicaDirectory) -> N
 
     with opened(spy, hydrate=True, **LAZY) as replica:
         spy.before_read = compact
-        until(lambda: replica.hydration_progress == 100.0)
+        eventually(lambda: replica.hydration_progress == 100.0)
         assert replica.hydration_file is not None
         assert Path(replica.hydration_file).read_bytes() == history.database()

@@ -7,10 +7,11 @@ import threading
 import time
 
 import pytest
-from replicas import ReplicaDirectory, local_database, opened, read_page, start, until
+from replicas import ReplicaDirectory, local_database, opened, read_page, start
 
 from lazyreplica import filling, follower, hydrator, layers
 from lazyreplica.errors import LineageChanged, ReplicaError, SnapshotGone
+from support.waiting import eventually
 
 
 @pytest.mark.parametrize("hydrate", [True, False])
@@ -89,9 +90,9 @@ def test_readers_see_one_transaction_or_an_honest_error(
         if failures:
             raise failures[0]
         assert counts["pages"] > 500, counts
-        until(lambda: replica.head.txid == history.txid)
+        eventually(lambda: replica.head.txid == history.txid)
         if hydrate:
-            until(lambda: replica.hydration_progress == 100.0, 10)
+            eventually(lambda: replica.hydration_progress == 100.0)
             assert local_database(replica) == history.database()
     unexpected = [r for r in caplog.records if r.levelname == "ERROR"]
     assert not unexpected, unexpected

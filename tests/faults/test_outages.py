@@ -14,7 +14,7 @@ from pathlib import Path
 
 import apsw
 import pytest
-from faulty import Published, eventually, fails, opened, rows
+from faulty import Published, fails, opened, rows
 
 import lazyreplica
 from lazyreplica.errors import AccessDenied, LineageChanged, StoreUnavailable, WaitTimeout
@@ -23,6 +23,7 @@ from support.bank import build_bank, check_bank, run
 from support.faultproxy import Fault, FaultProxy
 from support.litestream import Litestream, replicating
 from support.servers import S3Server
+from support.waiting import eventually
 
 pytestmark = pytest.mark.slow
 

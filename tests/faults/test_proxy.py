@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
-from faulty import eventually
 
 from support.faultproxy import Fault, FaultProxy
 from support.servers import S3Server
+from support.waiting import eventually
 
 DATA = bytes(range(256)) * 400
 

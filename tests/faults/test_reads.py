@@ -9,7 +9,7 @@ from pathlib import Path
 
 import apsw
 import pytest
-from faulty import OBJECT, QUERY, SMALL, Published, eventually, fails, opened, rows
+from faulty import OBJECT, QUERY, SMALL, Published, fails, opened, rows
 
 import lazyreplica
 from lazyreplica.errors import (
@@ -23,6 +23,7 @@ from lazyreplica.errors import (
 from lazyreplica.storage import connection as connection_module
 from support.databases import assert_intact
 from support.faultproxy import Fault, FaultProxy
+from support.waiting import eventually
 
 PASSING = [
     (Fault.DELAY, {"seconds": 0.1, "count": 5}),

@@ -14,13 +14,15 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from replicas import History, ReplicaDirectory, SpyStore, complete, local_database, opened, until
+from replicas import History, ReplicaDirectory, SpyStore, complete, local_database, opened
 
 from lazyreplica import filling, hydrator, layers
 from lazyreplica.local import deltalog
 from lazyreplica.replica import Replica
+from support.waiting import eventually
 
 SIZE = 60
 TRANSACTIONS = 1500
@@ -129,7 +131,7 @@ def main(path: Path, kills: int, seed: int) -> None:
     with opened(directory, hydrate=True, hydration_path=str(target)) as replica:
         assert replica.head.txid == primary.txid
         compare(replica, history)
-        until(lambda: complete(replica), 20)
+        eventually(lambda: complete(replica))
         assert local_database(replica) == history.database(primary.txid)
     assert target.read_bytes() == history.database(primary.txid)
     print(json.dumps(done))

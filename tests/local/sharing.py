@@ -18,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 from killing import Primary, compare, make_history
-from replicas import History, ReplicaDirectory, complete, local_database, opened, read_database, until
+from replicas import History, ReplicaDirectory, complete, local_database, opened, read_database
 
 from lazyreplica import hydrator
 from lazyreplica.local import deltalog
 from lazyreplica.replica import Replica
+from support.waiting import eventually
 
 THREADS = 8
 POLL = 0.05
@@ -121,12 +123,14 @@ def main(path: Path) -> None:
             primary.step()
             time.sleep(0.02)
         for number in keep_up:
-            until(lambda number=number: board.txid(number) == primary.txid, 3, f"process {number} is at the newest")
+            eventually(
+                lambda number=number: board.txid(number) == primary.txid, what=f"process {number} is at the newest"
+            )
 
     spawn(0, fork=True)
-    until(lambda: board.owned(0), 10)
+    eventually(lambda: board.owned(0))
     spawn(1)
-    until(lambda: board.txid(1) and board.txid(2), 10)
+    eventually(lambda: board.txid(1) and board.txid(2))
     go_on(2, 0, 1, 2)
     assert [board.owned(n) for n in range(3)] == [True, False, False]
     os.kill(pids[0], signal.SIGSTOP)
@@ -136,7 +140,7 @@ def main(path: Path) -> None:
     assert [board.owned(n) for n in range(3)] == [True, False, False]
     os.kill(pids[0], signal.SIGKILL)
     os.waitpid(pids[0], 0)
-    until(lambda: board.owned(1) or board.owned(2), 10, "somebody takes over")
+    eventually(lambda: board.owned(1) or board.owned(2), what="somebody takes over")
     go_on(1, 1, 2)
     compared = [board.compared(n) for n in range(3)]
     time.sleep(0.2)
@@ -144,7 +148,7 @@ def main(path: Path) -> None:
     os.kill(pids[1], signal.SIGKILL)
     assert os.waitpid(pids[1], 0)[1] == signal.SIGKILL
     with opened(directory, hydrate=True, hydration_path=str(path / "local.db"), poll_interval=POLL) as replica:
-        until(lambda: complete(replica), 10)
+        eventually(lambda: complete(replica))
         assert local_database(replica) == history.database(primary.txid)
     print(json.dumps({"transactions": primary.txid, "compared": compared}))
 

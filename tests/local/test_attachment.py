@@ -19,7 +19,6 @@ from replicas import (
     pinned,
     read_database,
     start,
-    until,
 )
 
 from lazyreplica import attachment, hydrator, layers
@@ -29,6 +28,7 @@ from lazyreplica.local.state import read_state
 from lazyreplica.replica import Replica
 from lazyreplica.snapshot import Lineage
 from lazyreplica.storage import StoredFile
+from support.waiting import eventually
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_transaction_that_came_between_listing_and_joining_is_seen(
 ) -> None:
     history, _ = start(directory.path, 9)
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         spy = SpyStore(directory.url)
 
         def meanwhile() -> None:
@@ -114,14 +114,14 @@ def test_transactions_that_were_folded_before_we_looked_are_not_left_out(
     monkeypatch.setattr(hydrator, "FOLD_AT", 0)
     history, _ = start(directory.path, 9)
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         with opened(directory, poll_interval=600.0, **options) as second:
             right(second, history)
             before = copy_of(first)
             history.commit([1, 2, 3, 4, 5, 6])
             directory.sync(history)
             first.refresh()
-            until(lambda: copy_of(first) is not before and not copy_of(first).records)
+            eventually(lambda: copy_of(first) is not before and not copy_of(first).records)
             history.commit([7])
             directory.sync(history)
             first.refresh()
@@ -148,18 +148,18 @@ def test_who_owns_the_copy_and_is_behind_does_not_hold_the_others_back(
 
     spy.before_read = hold
     with opened(spy, poll_interval=0.02, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         with opened(directory, poll_interval=0.05, **options) as second:
             monkeypatch.setattr(layers, "ARRIVAL_LIMIT", 0)  # so that the owner has to read it again
             history.commit([3])
             directory.sync(history)
             try:
-                until(lambda: first.head.txid == 2)
-                until(lambda: second.head.txid == 2)
+                eventually(lambda: first.head.txid == 2)
+                eventually(lambda: second.head.txid == 2)
                 right(second, history)
             finally:
                 go_on.set()
-            until(lambda: local_database(second) == history.database())
+            eventually(lambda: local_database(second) == history.database())
 
 
 # Regression: once it had gone on alone, it never looked at the copy again.
@@ -168,7 +168,7 @@ def test_who_had_to_go_on_alone_comes_back(
 ) -> None:
     history, _ = start(directory.path, 9)
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         with opened(directory, poll_interval=600.0, **options) as second:
             history.commit([1])
             directory.sync(history)
@@ -187,10 +187,10 @@ def test_who_had_to_go_on_alone_comes_back(
             assert not local(second).attached
             assert local(second).polled_at == 0.0, "it has to poll for itself"
             first.refresh()
-            until(lambda: complete(first))
-            until(lambda: second._may_poll() is False or local(second).attached)
+            eventually(lambda: complete(first))
+            eventually(lambda: second._may_poll() is False or local(second).attached)
             right(second, history)
-            until(lambda: local_database(second) == history.database())
+            eventually(lambda: local_database(second) == history.database())
 
 
 def test_files_that_the_owner_exchanges_are_looked_for_again(
@@ -198,7 +198,7 @@ def test_files_that_the_owner_exchanges_are_looked_for_again(
 ) -> None:
     history, _ = start(directory.path, 9)
     with opened(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         attempts: list[int] = []
 
         class Vanishing(LocalCopy):
@@ -235,7 +235,7 @@ def test_a_copy_that_is_exchanged_meanwhile_is_not_taken_for_the_new_historys(
             self._found = value
 
     with opened(directory, **options) as replica, pinned(replica) as snapshot:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         mine = local(replica)
         racing = object.__new__(Racing)
         racing.__dict__.update({**mine.__dict__, "_found": mine.copy})
@@ -263,22 +263,22 @@ def test_a_new_base_of_which_a_killed_owner_told_nobody_is_not_used(
         mortal(directory, **options) as first,
         opened(directory, poll_interval=0.02, **options) as second,
     ):
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         history.commit([2])
         directory.sync(history)
         first.refresh()
-        until(lambda: second.head.txid == 2)
+        eventually(lambda: second.head.txid == 2)
         copy_of(first).beside()
         die(first)
-        until(lambda: local(second).owned)
+        eventually(lambda: local(second).owned)
         for written in ([3], [4]):
             history.commit(written)
             directory.sync(history)
-            until(lambda: second.head.txid == history.txid)
+            eventually(lambda: second.head.txid == history.txid)
         state = read_state(local(second).directory.path)
         assert state is not None
         assert state.log == copy_of(second).state.log
-        until(lambda: complete(second))
+        eventually(lambda: complete(second))
         right(second, history)
     with opened(directory, **options) as third:
         right(third, history)
@@ -298,14 +298,14 @@ def test_what_a_killed_owner_had_and_we_had_not_is_kept(
 
     spy.before_read = note
     with mortal(directory, **options) as first, opened(spy, poll_interval=0.3, **options) as second:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         for n in range(3):
             history.commit([n + 1])
             directory.sync(history)
         first.refresh()
         die(first)
-        until(lambda: local(second).owned)
-        until(lambda: complete(second))
+        eventually(lambda: local(second).owned)
+        eventually(lambda: complete(second))
         assert second.head.txid == 4
         assert not hydrated
         right(second, history)
@@ -317,7 +317,7 @@ def test_a_copy_that_is_ahead_of_the_listing_waits_for_it(
     """The listing that a process opens with may be older than what the one before it saw."""
     history, _ = start(directory.path, 20)
     with mortal(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         history.commit([3])
         directory.sync(history)
         first.refresh()
@@ -334,7 +334,7 @@ def test_a_copy_that_is_ahead_of_the_listing_waits_for_it(
     spy.after_list = appear
     with opened(spy, poll_interval=0.05, **options) as second:
         inode = copy_of(second).base.path.stat().st_ino
-        until(lambda: complete(second))
+        eventually(lambda: complete(second))
         assert second.head.txid == 2
         right(second, history)
         assert copy_of(second).base.path.stat().st_ino == inode
@@ -346,7 +346,7 @@ def test_a_copy_that_is_ahead_of_a_path_that_was_put_back_is_not_believed(
 ) -> None:
     history, _ = start(directory.path, 9)
     with mortal(directory, **options) as first:
-        until(lambda: complete(first))
+        eventually(lambda: complete(first))
         for n in range(3):
             history.commit([n + 1])
             directory.sync(history)
@@ -361,7 +361,7 @@ def test_a_copy_that_is_ahead_of_a_path_that_was_put_back_is_not_believed(
         directory.sync(other)
         second.refresh()
         right(second, other)
-        until(lambda: complete(second))
+        eventually(lambda: complete(second))
         right(second, other)
 
 
@@ -371,7 +371,7 @@ def test_nobody_reads_on_in_a_copy_once_its_replica_is_known_to_be_damaged(direc
     history.commit([3])
     directory.sync(history)
     with opened(directory, poll_interval=600.0, **FULL) as replica:
-        until(lambda: complete(replica))
+        eventually(lambda: complete(replica))
         hold = replica.hold()
         replica.begin_again(hold, replica.head.lineage.number)
         assert hold.view is not None

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from replicas import FULL, History, ReplicaDirectory, complete, opened, pinned, read_database, start, until
+from replicas import FULL, History, ReplicaDirectory, complete, opened, pinned, read_database, start
 
 from lazyreplica import filling, hydrator
 from lazyreplica.local import deltalog
 from lazyreplica.replica import Replica
+from support.waiting import eventually
 
 WRITES = ("pwrite", "ftruncate", "copy_file_range", "fdatasync", "fsync", "link", "rename")
 MOST = 400
@@ -65,7 +66,7 @@ def work(directory: ReplicaDirectory, history: History, target: Path) -> None:
         other = stack.enter_context(contextlib.ExitStack())
         joined = other.enter_context(opened(directory, **options))
         for written, size in (([2, 3], 20), ([3, 9], 24), ([1], 18)):
-            until(lambda: complete(replica) or replica.hydration_file is None)
+            eventually(lambda: complete(replica) or replica.hydration_file is None)
             history.commit(written, size)
             directory.sync(history)
             replica.refresh()
@@ -93,7 +94,7 @@ def test_a_disk_that_is_full_at_any_write(
             work(replica, history, target)
         with opened(replica, hydration_path=str(target), **FULL) as again:
             right(again, history)
-            until(lambda: complete(again))
+            eventually(lambda: complete(again))
             right(again, history)
         assert target.read_bytes() == history.database()
         shutil.rmtree(replica.path)
@@ -133,7 +134,7 @@ def test_a_real_disk_that_is_too_small(directory: ReplicaDirectory, small_disk: 
                 if n % 10 == 9:
                     right(replica, history)
             if replica.hydration_file is not None:
-                until(lambda: complete(replica) or replica.hydration_file is None)
+                eventually(lambda: complete(replica) or replica.hydration_file is None)
             right(replica, history)
         if target.exists():
             assert target.read_bytes() == history.database()

@@ -10,22 +10,12 @@ from pathlib import Path
 
 import pytest
 from disk import Disk
-from replicas import (
-    FULL,
-    History,
-    ReplicaDirectory,
-    complete,
-    local_database,
-    opened,
-    pinned,
-    read_database,
-    start,
-    until,
-)
+from replicas import FULL, History, ReplicaDirectory, complete, local_database, opened, pinned, read_database, start
 
 from lazyreplica import attachment, filling, hydrator
 from lazyreplica.local import deltalog, state
 from lazyreplica.local.directory import CopyDirectory
+from support.waiting import eventually
 
 CASES = 60
 
@@ -41,7 +31,7 @@ def work(history: History, directory: ReplicaDirectory, target: Path, rng: rando
         with contextlib.ExitStack() as stack:
             replica = stack.enter_context(opened(directory, hydration_path=str(target), **FULL))
             if rng.random() < 0.5:
-                until(partial(complete, replica))
+                eventually(partial(complete, replica))
             others = CopyDirectory.open(str(target)) if rng.random() < 0.6 else None
             for _ in range(rng.randint(1, 6)):
                 changes(history, rng)
@@ -49,7 +39,7 @@ def work(history: History, directory: ReplicaDirectory, target: Path, rng: rando
                 with pinned(replica) if rng.random() < 0.3 else contextlib.nullcontext():
                     replica.refresh()
                     if rng.random() < 0.5:
-                        until(partial(complete, replica))
+                        eventually(partial(complete, replica))
                 if others is not None and rng.random() < 0.4:
                     others.abandon()
                     others = None
@@ -84,7 +74,7 @@ def check(directory: ReplicaDirectory, history: History, target: Path) -> None:
                 for pgno, page in truth.items():
                     assert view is None or view.page(pgno) in (None, page), pgno
                 assert read_database(replica, snapshot) == history.database(snapshot.txid)
-        until(lambda replica=replica: complete(replica))
+        eventually(lambda replica=replica: complete(replica))
         assert local_database(replica) == history.database(replica.head.txid)
         newest = replica.head.txid
     published = target.read_bytes()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from replicas import ReplicaDirectory, start, until
+from replicas import ReplicaDirectory, start
 
 from lazyreplica.errors import ConfigError
 from lazyreplica.local.control import Control
@@ -21,6 +21,7 @@ from lazyreplica.local.directory import CopyDirectory
 from support.bank import bank_writer, build_bank, check_bank
 from support.litestream import replicating
 from support.process import clean_env
+from support.waiting import eventually
 
 HERE = Path(__file__).parent
 
@@ -37,8 +38,9 @@ def test_processes_and_threads_read_one_copy_of_a_live_replica(tmp_path: Path) -
 
 AT_ONCE = """
 import os, sys, time
-sys.path[:0] = [sys.argv[1]]
-from replicas import ReplicaDirectory, SpyStore, complete, opened, until
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
+from replicas import ReplicaDirectory, SpyStore, complete, opened
+from support.waiting import eventually
 from lazyreplica import filling, layers
 layers.KEEP_FILE = layers.KEEP_TOTAL = layers.PASSING_TOTAL = 0
 filling.CHUNK = 64 << 10
@@ -46,7 +48,7 @@ store = SpyStore(sys.argv[2])
 store.before_read = lambda file, offset, length: time.sleep(0.005)
 time.sleep(max(0, float(sys.argv[4]) - time.time()))
 with opened(store, hydrate=True, hydration_path=sys.argv[3], poll_interval=0.05) as replica:
-    until(lambda: complete(replica), 20)
+    eventually(lambda: complete(replica))
     print(sum(length for _, _, length in store.reads))
     sys.stdout.flush()
     sys.stdin.read()  # until all are complete
@@ -208,7 +210,7 @@ def test_processes_share_a_copy_of_what_litestream_writes_and_compacts(
             with contextlib.closing(sqlite3.connect(db)) as source:
                 newest = check_bank(source).n
             for number in (2, 3, 4):
-                until(lambda number=number: last_line(number).startswith(f"{newest} "), 20, f"{number}: {newest}")
+                eventually(lambda number=number: last_line(number).startswith(f"{newest} "), what=f"{number}: {newest}")
     finally:
         for process in processes:
             process.kill()

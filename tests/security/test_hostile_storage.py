@@ -149,7 +149,7 @@ def test_hostile_xml_is_refused_at_once(body: bytes) -> None:
     with pytest.raises(StoreError) as caught:
         parse_page(body, "p/")
     parse_failure(body)
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     assert len(str(caught.value)) < 600
 
 

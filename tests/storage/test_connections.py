@@ -18,6 +18,7 @@ from scripted import CONTENT, FILE, Asked, ScriptedServer, Step, answer, hang, r
 from lazyreplica.errors import Interrupted, StoreError, StoreUnavailable
 from lazyreplica.storage import Store, idle, open_store, reach, transport
 from lazyreplica.storage.waiting import called_off_by, wait
+from support.waiting import eventually
 
 GOOD = ranged()
 
@@ -103,13 +104,6 @@ def test_a_tls_connection_that_the_server_has_ended_is_not_used(secure: ssl.SSLC
         store.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 5) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_what_a_burst_leaves_behind_is_closed_soon(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "_QUIET_SECONDS", 0.2)
     server, store = play(GOOD)
@@ -117,12 +111,12 @@ def test_what_a_burst_leaves_behind_is_closed_soon(play: Play, monkeypatch: pyte
         store.prepare(5)
     assert len(list(store.read_many([(FILE, n, 50) for n in range(30)], 5))) == 30
     assert server.connections == 30
-    until(lambda: store.ready == idle.KEPT)
-    until(lambda: server.open_connections == idle.KEPT)
+    eventually(lambda: store.ready == idle.KEPT)
+    eventually(lambda: server.open_connections == idle.KEPT)
     expect(store)
     assert server.connections == 30
     monkeypatch.setattr(idle, "IDLE_SECONDS", 0.3)
-    until(lambda: store.ready == 1)  # without anybody asking for anything
+    eventually(lambda: store.ready == 1)  # without anybody asking for anything
 
 
 def test_nothing_prepared_is_closed_while_the_listing_takes_long(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,14 +130,14 @@ def test_nothing_prepared_is_closed_while_the_listing_takes_long(play: Play, mon
     server, store = play(slow)
     listing = threading.Thread(target=store.list_all, args=(5,))
     listing.start()
-    until(lambda: len(server.asked) == 1)
+    eventually(lambda: len(server.asked) == 1)
     for _ in range(20):
         store.prepare(5)
     time.sleep(0.5)
     assert store.ready == 20
     go_on.set()
     listing.join()
-    until(lambda: store.ready == idle.KEPT)
+    eventually(lambda: store.ready == idle.KEPT)
 
 
 def descriptors() -> int:
@@ -164,7 +158,7 @@ def test_sixty_replicas_do_not_use_up_descriptors(rclone: Any, monkeypatch: pyte
             assert store.list_all(5).files == ()
             most = max(most, descriptors())
         assert most - before < 60 + idle.KEPT_IN_ALL + 40
-        until(lambda: all(store.ready <= idle.KEPT for store in stores))
+        eventually(lambda: all(store.ready <= idle.KEPT for store in stores))
         for store in stores:
             assert store.ready >= 1
             store.list_all(5)
@@ -219,7 +213,7 @@ def test_a_reply_in_a_burst_that_never_comes_ends_at_the_deadline(play: Play) ->
     started = time.monotonic()
     with pytest.raises(StoreUnavailable):
         list(store.read_many([(FILE, n, 50) for n in range(5)], 0.5))
-    assert 0.4 < time.monotonic() - started < 1.0
+    assert 0.4 < time.monotonic() - started < 5
 
 
 def test_a_burst_that_is_given_up_leaves_no_unread_bytes_behind(play: Play) -> None:
@@ -270,16 +264,16 @@ def test_a_resolver_that_hangs_ends_at_the_deadline(monkeypatch: pytest.MonkeyPa
         started = time.monotonic()
         with pytest.raises(StoreUnavailable, match=r"slow\.invalid"):
             store.list_all(0.5)
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 4
         with pytest.raises(Interrupted), called_off_by(lambda: time.monotonic() - started > 0.6):
             store.list_all(30)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 6
         assert len(calls) == 1, "one question at a time"
         closing = threading.Timer(0.1, store.close)
         closing.start()
         with pytest.raises(StoreUnavailable):
             store.list_all(30)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8
         closing.join()
     finally:
         free.set()
@@ -347,7 +341,7 @@ def test_slices_change_nothing(play: Play, secure: ssl.SSLContext) -> None:
     started = time.monotonic()
     with pytest.raises(StoreUnavailable), called_off_by(lambda: False):
         expect(silent, timeout=0.4)
-    assert 0.3 < time.monotonic() - started < 1
+    assert 0.3 < time.monotonic() - started < 5
 
 
 def test_waiting_for_a_thread() -> None:
