@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 from lazyreplica.clock import now
 from lazyreplica.errors import LazyReplicaError, LTXError, ReplicaDamaged, StoreError
-from lazyreplica.extents import Data, Extent, Extents
+from lazyreplica.extents import Data, Extent, Extents, State
 from lazyreplica.ltx.decoder import decode_file
 from lazyreplica.ltx.header import HEADER_SIZE, TRAILER_SIZE, Header, Trailer
 from lazyreplica.ltx.index import INDEX_END, MAX_ENTRY_SIZE, PageIndex, locate_index
@@ -141,9 +141,9 @@ class Layers:
         new = [file for file in files if file not in here]
         most = self._store.parallel
         if len(new) <= most and sum(len(_stretches(file, quick)) for file in new) <= most:
-            # All are asked for at once: what is read whole is taken in while the longest read, of the base's page
-            # index, is on its way. Of more, the longest has to begin first.
-            new.sort(key=lambda file: not _is_read_whole(file, quick))
+            # All are asked for at once, and taken in as they come: a large one is longer on its way, the base's page
+            # index longest. (Of more than can be asked for at once, the longest has to begin first.)
+            new.sort(key=lambda file: sum(length for _, length in _stretches(file, quick)))
         for file, parts in zip(new, self._fetch(new, quick, timeout), strict=True):
             here[file] = self._read(file, parts, quick)
             if opened is not None:
@@ -230,6 +230,19 @@ class Layers:
             self.extents.fail(extent)
             raise
         self.extents.finish(extent, data)
+
+    def bring_together(self, layer: Layer, extents: Iterable[Extent]) -> None:
+        """`bring` small ones, all of them in one round trip and in the caller's thread."""
+        mine = [extent for extent in extents if self.extents.claim(extent)]
+        jobs = [(layer.file, extent.start, len(extent)) for extent in mine]
+        try:
+            with contextlib.closing(self._store.read_many(jobs, self._timeout)) as replies:
+                for extent, data in zip(mine, replies, strict=True):
+                    self.extents.finish(extent, data)
+        finally:
+            for extent in mine:
+                if extent.state is State.FLYING:
+                    self.extents.fail(extent)
 
     def load_entries(self, wanted: Iterable[tuple[Layer, int]]) -> None:
         """Bring the entries of those pages into the layers' page indexes: few requests, all at once.
