@@ -138,6 +138,7 @@ class LazyIndex:
         self._read_blocks = max(1, read_size // block_size)
         self._capacity = capacity
         self._clock = 0
+        self._glances = _GLANCES
         self._lock = Lock()  # held to replace the state; never while reading or parsing
         self.pgnos: Collection[int] = DensePgnos(header.commit, header.lock_pgno)
         """All page numbers, ascending; takes no memory."""
@@ -201,6 +202,7 @@ class LazyIndex:
             # as it was read: trust none.
             with self._lock:
                 self._state = self._empty
+                self._glances = 0  # or a scan would find page after page beside the damage, each with another read
             raise
 
     def preload(self, offset: int, data: bytes) -> None:
@@ -267,7 +269,7 @@ class LazyIndex:
         piece = max(_LOOKAHEAD, self._block_size // _PIECES)
         apart = abs(position - block.glanced) * _PIECES > block.count
         block.glanced = position
-        if block.glances >= _GLANCES or not apart or len(raw) < 4 * piece:
+        if block.glances >= self._glances or not apart or len(raw) < 4 * piece:
             return None
         block.glances += 1
         likely = start.at + len(raw) * (position - start.position) // block.count
