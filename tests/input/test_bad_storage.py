@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import importlib
 import shutil
 import socket
 import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +100,8 @@ def test_an_endpoint_that_never_answers_is_an_error_within_the_read_timeout(acce
 
 
 def test_a_silent_endpoint_does_not_keep_publish_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["lazyreplica.publish"], "_TIMEOUT", 0.4)  # the package's name is the function
+    module = importlib.import_module("lazyreplica.publish")  # the package's name is the function
+    monkeypatch.setattr(module, "_TIMEOUT", 0.4)
     database = tmp_path / "a.db"
     with contextlib.closing(sqlite3.connect(database)) as con, con:
         con.execute("CREATE TABLE t(a)")

@@ -59,6 +59,8 @@ _KNOWN = (
 )
 _TRUE = frozenset({"true", "1", "t", "yes"})
 _FALSE = frozenset({"false", "0", "f", "no"})
+_LABEL = 63
+"""Characters of a part of a host name, at most (RFC 1035)."""
 _SHOWN = 300
 """Characters of a URL, or of a part of it, that a message quotes, at most."""
 _PARAMETER = re.compile(r"[A-Za-z_-]{1,40}")
@@ -356,7 +358,7 @@ def _parse_endpoint(url: str, endpoint: str) -> str:
         if "://" not in endpoint:
             endpoint = ("http://" if _is_local(endpoint) else "https://") + endpoint
         parts = urlsplit(endpoint)
-        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+        host, port = _ascii(parts.hostname or ""), parts.port
     except (ValueError, UnicodeError):
         host, port, parts = "", None, urlsplit("")
     if "@" in parts.netloc:
@@ -374,6 +376,17 @@ def _parse_endpoint(url: str, endpoint: str) -> str:
     suffix = "" if port in {None, default} else f":{port}"
     base = _clean(parts.path)
     return f"{parts.scheme}://{shown}{suffix}" + (f"/{base}" if base else "")
+
+
+def _ascii(host: str) -> str:
+    """The host name as DNS has it (IDNA, RFC 3490). Raises `UnicodeError`."""
+    if not host.isascii():
+        return host.encode("idna").decode()
+    # What that codec does for such a name. Python loads it when it is first asked for: 1 ms of an open.
+    *labels, last = host.split(".")
+    if not all(0 < len(label) <= _LABEL for label in labels) or len(last) > _LABEL:
+        raise UnicodeError("a label of the host name is empty or too long")
+    return host
 
 
 def _is_local(endpoint: str) -> bool:
