@@ -307,8 +307,10 @@ def test_single_entries_do_not_cost_their_block(monkeypatch: pytest.MonkeyPatch)
         file.check(index, [position])
         assert parsed and max(parsed) < 1000
         parsed.clear()
-    file.check(index, [601, 602, 610])
-    assert len(parsed) == 1 and parsed[0] > 8000, "neighbours: a scan is going on"
+    file.check(index, [599, 601, 602])
+    assert not parsed, "that piece is kept"
+    file.check(index, range(603, 700))
+    assert len(parsed) == 1 and parsed[0] > 8000, "what follows is asked for: a scan is going on"
     file.check(index, [5, 200, 400, 600])
     assert len(parsed) == 1
     parsed.clear()

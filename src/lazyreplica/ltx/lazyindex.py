@@ -39,8 +39,8 @@ assert _LOOKAHEAD >= 8 + 3 * MAX_ENTRY_SIZE
 _BLOCK_OVERHEAD: Final = 400  # bytes of Python objects around a block's contents
 _PIECES: Final = 16
 _GLANCES: Final = 8
-"""So many entries are looked up in a sixteenth of their block each, as long as they are further apart than that. Who
-asks for neighbours, or for more, is going to ask for many."""
+"""So many times entries of a block are looked up in a sixteenth of it. Who asks for more, or for what lies right beside
+the last piece, is going to ask for many."""
 
 
 class _Edge(NamedTuple):
@@ -58,7 +58,7 @@ class _Edge(NamedTuple):
 class _Block:
     """The entries between two edges: their bytes, or once one of them was asked for, the frames' offsets."""
 
-    __slots__ = ("base", "count", "end", "first", "glanced", "glances", "offsets", "raw", "start", "used")
+    __slots__ = ("base", "count", "end", "first", "glances", "offsets", "piece", "raw", "start", "used")
 
     def __init__(self, start: _Edge, end: _Edge, raw: bytes, used: int) -> None:
         self.start, self.end = start, end
@@ -68,11 +68,13 @@ class _Block:
         self.offsets: array[int] | None = None  # less `base`; one more than entries, the end of the last frame
         self.used = used  # when, on the index's clock: what to forget is chosen by that
         self.glances = 0
-        self.glanced = -self.count  # the position of the last one
+        self.piece: tuple[_Edge, array[int]] | None = None  # what the last one has parsed, and from where on
 
     @property
     def memory(self) -> int:
-        return len(self.raw) + (4 * self.count if self.offsets else 0) + _BLOCK_OVERHEAD
+        piece = self.piece
+        parsed = 4 * self.count if self.offsets else 8 * len(piece[1]) if piece else 0
+        return len(self.raw) + parsed + _BLOCK_OVERHEAD
 
 
 class _State(NamedTuple):
@@ -266,20 +268,27 @@ class LazyIndex:
         are single entries, far from each other: of each block it takes a tenth of the time.
         """
         raw, start, end = block.raw, block.start, block.end
-        piece = max(_LOOKAHEAD, self._block_size // _PIECES)
-        apart = abs(position - block.glanced) * _PIECES > block.count
-        block.glanced = position
-        if block.glances >= self._glances or not apart or len(raw) < 4 * piece:
+        size = max(_LOOKAHEAD, self._block_size // _PIECES)
+        likely = start.at + len(raw) * (position - start.position) // block.count
+        piece = block.piece
+        if piece is not None:
+            low, offsets = piece
+            at = position - low.position
+            if 0 <= at < len(offsets) - 1:
+                return offsets[at], offsets[at + 1] - offsets[at]
+            if abs(likely - low.at) < 2 * size:
+                return None
+        if block.glances >= self._glances or len(raw) < 4 * size:
             return None
         block.glances += 1
-        likely = start.at + len(raw) * (position - start.position) // block.count
-        begin, stop = likely - piece // 2, likely + piece // 2
+        begin, stop = likely - size // 2, likely + size // 2
         low = self._recognise(start.block, begin, raw, start.at) if begin > start.at else start
         high = self._recognise(start.block, stop, raw, start.at) if stop + _LOOKAHEAD <= end.at else end
         if not low.position <= position < high.position:
             return None
         self._check((start, low) if high is end else (start, low, high, end))
         offsets = self._entries(raw[low.at - start.at : high.at - start.at], low, high)
+        block.piece = low, offsets
         at = position - low.position
         return offsets[at], offsets[at + 1] - offsets[at]
 
@@ -290,7 +299,7 @@ class LazyIndex:
             return block.offsets  # another thread has just done it
         offsets = self._entries(raw, block.start, block.end)
         block.offsets = array("I", map((-block.base).__add__, offsets))
-        block.raw = b""
+        block.raw, block.piece = b"", None
         return block.offsets
 
     def _entries(self, raw: bytes, start: _Edge, end: _Edge) -> array[int]:
