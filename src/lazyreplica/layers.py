@@ -141,8 +141,8 @@ class Layers:
         new = [file for file in files if file not in here]
         most = self._store.parallel
         if len(new) <= most and sum(len(_stretches(file, quick)) for file in new) <= most:
-            # All are asked for at once, and taken in as they come: a large one is longer on its way, the base's page
-            # index longest. (Of more than can be asked for at once, the longest has to begin first.)
+            # All are asked for at once, and taken in shortest first: what is large, the base's page index above all, is
+            # longer on its way. (Of more than can be asked for at once, the longest has to begin first.)
             new.sort(key=lambda file: sum(length for _, length in _stretches(file, quick)))
         for file, parts in zip(new, self._fetch(new, quick, timeout), strict=True):
             here[file] = self._read(file, parts, quick)
@@ -232,7 +232,10 @@ class Layers:
         self.extents.finish(extent, data)
 
     def bring_together(self, layer: Layer, extents: Iterable[Extent]) -> None:
-        """`bring` small ones, all of them in one round trip and in the caller's thread."""
+        """`bring` several, over connections that are ready all in one round trip, in the caller's thread.
+
+        Raises `StoreError`; then those that have come stay, and the others are as if never begun.
+        """
         mine = [extent for extent in extents if self.extents.claim(extent)]
         jobs = [(layer.file, extent.start, len(extent)) for extent in mine]
         try:

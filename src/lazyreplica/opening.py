@@ -53,7 +53,7 @@ def open_newest(store: Store, layers: Layers, readahead: Readahead, timeout: flo
         start = now()
         files = list_files(store, timeout)
         far = now() - start > FAR
-        asking = partial(_ask_for_roots, layers, readahead) if far else None
+        asking = partial(_ask_for_roots, store, layers, readahead) if far else None
         try:
             chain = layers.open_chain(_plan(files, store.url), quick=store.parallel > 1, opened=asking)
             if not far:
@@ -107,7 +107,7 @@ def list_files(store: Store, timeout: float) -> tuple[StoredFile, ...]:
     return listing.files
 
 
-def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
+def _ask_for_roots(store: Store, layers: Layers, readahead: Readahead, layer: Layer) -> None:
     """As soon as its base is here: fetch the roots of all b-trees, while the rest of the chain may be on its way.
 
     SQLite reads sqlite_stat1 together with the schema, and the root of every table that is queried. Newer files may
@@ -128,9 +128,14 @@ def _ask_for_roots(layers: Layers, readahead: Readahead, layer: Layer) -> None:
             extent, new = layers.extents.begin(layer.number, *inner, State.WAITING, inner)
             if new:
                 begun.append(extent)
-    # One thread for all: each that starts takes the interpreter from the one that opens, 2 ms here.
-    if begun:
-        readahead.do(partial(layers.bring_together, layer, begun), Urgency.SOON)
+    # One thread for all, if there are connections: each that starts takes 2 ms from the one that opens. Those for which
+    # there is none are not claimed yet: to wait for one another's replies costs more.
+    ready = store.ready
+    together, single = begun[:ready], begun[ready:]
+    if together:
+        readahead.do(partial(layers.bring_together, layer, together), Urgency.SOON)
+    for extent in single:
+        readahead.do(partial(layers.bring, layer, extent), Urgency.SOON)
 
 
 def _page(layers: Layers, layer: Layer, pgno: int) -> bytes | None:

@@ -1,11 +1,17 @@
-"""What an open makes of files that change between the listing and the reading, and of files without bytes."""
+"""What an open makes of files that change meanwhile, and of files without bytes; and what it sends for ahead."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import pytest
 from replicas import History, ReplicaDirectory, SpyStore, opened, read_database
 
-from lazyreplica.errors import FileVanished, LTXError, ReplicaDamaged
+from lazyreplica.errors import FileVanished, LTXError, ReplicaDamaged, StoreUnavailable
+from lazyreplica.extents import Extent, State
+from lazyreplica.pagemap import Layer
+from lazyreplica.replica import Replica
+from lazyreplica.spans import peek
 from lazyreplica.storage import StoredFile
 
 
@@ -93,3 +99,61 @@ def test_one_file_without_bytes_is_damaged(directory: ReplicaDirectory, history:
         opened(directory),
     ):
         pass
+
+
+# -- roots, which an open asks for together --
+
+
+def base_of(replica: Replica) -> Layer:
+    return next(layer for layer in replica.head.pages.layers() if layer.holds_everything)
+
+
+def waiting(replica: Replica, pages: Iterable[int]) -> list[Extent]:
+    """Extents of the base that nobody fetches yet, one for the frame of each page."""
+    layers, base = replica.layers, base_of(replica)
+    found = []
+    for pgno in pages:
+        place = peek(base, pgno)
+        assert place is not None
+        inner = (place.start, place.end)
+        extent, new = layers.extents.begin(base.number, *inner, State.WAITING, inner)
+        assert new
+        found.append(extent)
+    return found
+
+
+def test_of_extents_that_are_brought_together_those_before_a_failure_stay(
+    directory: ReplicaDirectory, history: History
+) -> None:
+    spy = SpyStore(directory.url)
+    with opened(spy) as replica:
+        base = base_of(replica)
+        extents = waiting(replica, [4, 5, 6, 7])
+        before = replica.layers.extents.memory - sum(extent.memory for extent in extents)
+
+        def fail(file: StoredFile, offset: int, length: int) -> None:
+            if offset >= extents[2].start:
+                raise StoreUnavailable("not now")
+
+        spy.before_read = fail
+        with pytest.raises(StoreUnavailable):
+            replica.layers.bring_together(base, extents)
+        assert [extent.state for extent in extents] == [State.HERE, State.HERE, State.FAILED, State.FAILED]
+        assert all(extent.arrived.is_set() for extent in extents)
+        assert replica.layers.extents.memory - before == sum(extent.memory for extent in extents[:2])
+        spy.before_read = lambda *_: None
+        assert read_database(replica) == history.database(3)
+
+
+def test_what_a_reader_has_claimed_meanwhile_is_not_brought_again(
+    directory: ReplicaDirectory, history: History
+) -> None:
+    spy = SpyStore(directory.url)
+    with opened(spy) as replica:
+        extents = waiting(replica, [4, 5, 6])
+        assert replica.layers.extents.claim(extents[1])
+        spy.reads.clear()
+        replica.layers.bring_together(base_of(replica), extents)
+        assert [offset for _, offset, _ in spy.reads] == [extents[0].start, extents[2].start]
+        assert [extent.state for extent in extents] == [State.HERE, State.FLYING, State.HERE]
+        replica.layers.extents.fail(extents[1])
