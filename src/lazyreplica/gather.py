@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 _BURST = 16
 """Requests at once. More take interpreter and link from those who read meanwhile; fewer leave more of the crawl to a
-time when others read. With 64, 32, 16 and 12 an index range that begins 100 ms after an open takes 66, 65, 60 and 58
-ms, and 20 lookups after it 545, 545, 560 and 560; with 32, three scans right after an open take 1.36 s, with 16 1.19.
+time when others read. With 64, 16 and 12 an index range that begins 100 ms after an open takes 66, 60 and 57 ms, and 20
+lookups after it 545, 559 and 557; with 32, three scans right after an open take 1.36 s, with 16 1.17.
 """
 _BURST_BYTES = 4 << 20
 _PATIENCE = 2.0
