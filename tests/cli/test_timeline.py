@@ -81,6 +81,7 @@ def test_of_one_file_and_of_one_moment() -> None:
     assert row([stored(0, 1, 1)], 0, 5) == "━━━━◆"
     assert row([stored(9, 1, 7)], 9, 5) == "    ◆"
     assert row([stored(9, 1, 7, 5.0), stored(0, 8, 8, 5.0)], 0, 3, "time") == "━━╸"
+    assert row([stored(9, 1, 7, 0.0), stored(0, 8, 8, 5e-324)], 0, 3, "time") == "━━╸"
 
 
 @given(

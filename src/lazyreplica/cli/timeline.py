@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -148,7 +148,8 @@ def make_axis(files: Sequence[StoredFile], clock: Clock, by: str, width: int) ->
     high = max(file.name.max_txid for file in files)
     place = clock.at if by == "time" else float
     span = place(high) - place(low)
-    return Axis(place, low, high, width, width / span if span > 0 else 0.0)
+    scale = width / span if span > 0 else 0.0
+    return Axis(place, low, high, width, scale if isfinite(scale) else 0.0)
 
 
 def draw_level(
