@@ -317,6 +317,7 @@ class Proxy:
             text=True,
         )
         self._in, self._out = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        self.pid = self._process.pid
         self.endpoint = f"http://127.0.0.1:{json.loads(self._out.readline())['port']}"
 
     def set(self, link: Link) -> None:

@@ -19,6 +19,7 @@ from benchmark.contenders import clean_environment, environment
 from benchmark.data import Dataset
 from benchmark.process import Worker, running
 from benchmark.proxy import Link, Proxy
+from benchmark.standback import stand_back
 from benchmark.worker import digest
 from benchmark.workloads import Step, Workload
 from lazyreplica.ltx import HEADER_SIZE, Header
@@ -86,6 +87,8 @@ class Bench:
         self._say = say
         self._bucket = server.new_bucket()
         self._client = server.client()
+        for pid in server.process.pid, proxy.pid:
+            stand_back(pid)
 
     @property
     def server(self) -> S3Server:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Rows = list[Any]
 
+_ASK_EVERY = 1000
+"""Queries between two looks at the progress: the query after one is a slow one, and must not be one in a hundred."""
+
 
 def digest(rows: Rows) -> str:
     """Equal for equal rows, whether they come from SQLite or out of JSON."""
@@ -141,7 +144,7 @@ class Session:
         rounds = 0
         while rounds == 0 or (hydrating and self._progress() < 100):
             for at, key in enumerate(keys):
-                if hydrating and at % 100 == 0 and self._progress() >= 100:
+                if hydrating and at % _ASK_EVERY == 0 and self._progress() >= 100:
                     break
                 start = clock()
                 execute(sql, (key,)).fetchall()

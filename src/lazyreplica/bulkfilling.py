@@ -51,10 +51,19 @@ class BulkFiller:
         if loader is not None:
             loader.stop()
 
-    def fill(self, base: Base, wanted: Sequence[Wanted], lock_fd: int, goes_on: Callable[[], bool]) -> dict[Layer, str]:
+    def fill(
+        self,
+        base: Base,
+        wanted: Sequence[Wanted],
+        kept: Callable[[Layer], bytes | None],
+        lock_fd: int,
+        goes_on: Callable[[], bool],
+    ) -> dict[Layer, str]:
         """Bring those pages into `base`, while `goes_on` says so; what it did not bring is simply not there.
 
-        The child keeps `lock_fd` open: if we are killed, the lock lasts until it has noticed and ended.
+        `kept` gives a layer's file, if it is in memory: then it is not downloaded. (Decoded by us, each of its pages
+        would be a hand-over of the interpreter lock from a reader and back.) The child keeps `lock_fd` open: if we are
+        killed, the lock lasts until it has noticed and ended.
 
         Returns the layers that turned out to be damaged, and how. Raises `Stopped`; `OSError` when the local files
         cannot be written, `LazyReplicaError` when no loader can be had or it failed for another reason.
@@ -64,7 +73,7 @@ class BulkFiller:
             base.path,
             base.presence_path,
             base.page_size,
-            tuple(BulkFile(each.layer.file, _bitmap(each.pgnos)) for each in wanted),
+            tuple(BulkFile(each.layer.file, _bitmap(each.pgnos), kept(each.layer)) for each in wanted),
             _CONNECTIONS,
             self._timeout,
             self._store.keys(),

@@ -95,9 +95,9 @@ class Filler:
         self._stop = stop
         self._timeout = timeout
 
-    def is_here(self, layer: Layer) -> bool:
-        """Whether the layer's file is in memory, or known to be gone: nothing to download."""
-        return self._layers.kept(layer) is not None or self._relocator.is_gone(layer)
+    def is_gone(self, layer: Layer) -> bool:
+        """Whether the layer's file is known to be gone: its pages are to be had only elsewhere, or out of memory."""
+        return self._relocator.is_gone(layer)
 
     def fill(self, snapshot: Snapshot, copy: LocalCopy, wanted: Wanted) -> None:
         """Write those pages into the base of `copy`, whose newest state `snapshot` is.

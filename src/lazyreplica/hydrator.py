@@ -276,9 +276,10 @@ class Hydrator:
         if missing[-1] > copy.base.commit:
             self._fold(copy)
         shares = share_out(head, missing)
-        large = [each for each in shares if not self._filler.is_here(each.layer)]
-        if sum(each.layer.file.size for each in large) >= bulkfilling.WORTH and not self._by_hand:
-            self._fill_in_bulk(copy, large)
+        there = [each for each in shares if not self._filler.is_gone(each.layer)]
+        large = sum(each.layer.file.size for each in there if self._layers.kept(each.layer) is None)
+        if large >= bulkfilling.WORTH and not self._by_hand:
+            self._fill_in_bulk(copy, there)
             return  # what it could not bring is still missing
         for wanted in shares:
             self._filler.fill(head, copy, wanted)
@@ -289,7 +290,7 @@ class Hydrator:
     def _fill_in_bulk(self, copy: LocalCopy, wanted: list[Wanted]) -> None:
         held = self.local.directory.users_fd
         try:
-            damaged = self._bulk.fill(copy.base, wanted, held, lambda: self.local.copy is copy)
+            damaged = self._bulk.fill(copy.base, wanted, self._layers.kept, held, lambda: self.local.copy is copy)
         except LazyReplicaError as exc:
             log.info("%s is not loaded in bulk: %s", self._store.url, exc)
             damaged = {}

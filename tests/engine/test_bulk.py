@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,6 +47,8 @@ from support.servers import S3Server
 from support.waiting import eventually
 
 Wanted = Iterable[int]
+FEW = (*range(1, 50), 6000)
+"""Pages of `big` that are worth no reading of all of it."""
 ALWAYS = 30.0
 """Seconds that no test takes."""
 
@@ -223,6 +225,23 @@ def test_of_a_large_file_only_what_is_wanted_is_read(tmp_path: Path, big: Big) -
     assert sum(event.bytes for event in events if isinstance(event, Progress)) < big.file.size / 2
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_in_memory_is_not_read_unless_its_bytes_are_damaged(
+    tmp_path: Path, directory: ReplicaDirectory, damaged: bool
+) -> None:
+    pages = {pgno: make_page(4096, pgno) for pgno in range(1, 501)}
+    content = encode(pages, 500, 1, 1, Compression.BLOCK)
+    directory.write_bytes(9, 1, 1, content)
+    job = Target.make(tmp_path, 4096, 500).job(directory.url, [(stored(directory.url)[0], pages)])
+    if damaged:
+        content = bytes([*content[:-20], content[-20] ^ 1, *content[-19:]])
+    else:
+        directory.place(9, 1, 1).unlink()
+    events = load(replace(job, files=(replace(job.files[0], content=content),)))
+    assert events == [FileDone(0)]
+    assert Target(job.database, job.presence, 4096, 500).check(pages) == set(pages)
+
+
 # -- files --
 
 
@@ -267,7 +286,7 @@ def test_damage_in_a_stretch_is_found_by_reading_the_whole(tmp_path: Path, big: 
     data[entry[0] + 10] ^= 0xFF  # the block's first token: literals of another length
     directory.write_bytes(9, 1, 1, bytes(data))
     target = Target.make(tmp_path, 4096, len(big.pages))
-    (damaged,) = load(target.job(directory.url, [(stored(directory.url)[0], range(1, 50))]))
+    (damaged,) = load(target.job(directory.url, [(stored(directory.url)[0], FEW)]))
     assert isinstance(damaged, FileDamaged)
     assert not target.present
 
@@ -348,26 +367,27 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
 
 
+@pytest.mark.parametrize("wanted", [range(1, 6001), FEW], ids=["the whole file", "stretches of it"])
 @pytest.mark.usefixtures("keys")
-def test_damage_on_the_way_is_cured_by_reading_again(tmp_path: Path, big: Big) -> None:
+def test_damage_on_the_way_is_cured_by_reading_again(tmp_path: Path, big: Big, wanted: Sequence[int]) -> None:
     data = big.directory.place(9, 1, 1).read_bytes()
     spoilt: list[int] = []
 
     def meddle(first: int, body: bytes) -> bytes:
-        if first and not spoilt:
-            spoilt.append(first)
-            return body[:-50] + bytes(50)
+        if first and first + len(body) < len(data) and not spoilt:
+            spoilt.append(len(body))
+            return bytes(50) + body[50:]
         return body
 
     target = Target.make(tmp_path, 4096, len(big.pages))
-    with serving(data, meddle) as (url, file), loading(target.job(url, [(file, big.pages)])) as loader:
+    with serving(data, meddle) as (url, file), loading(target.job(url, [(file, wanted)])) as loader:
         events = list(loader.events())
     assert events[-1] == FileDone(0)
     assert spoilt
     progress = [event for event in events if isinstance(event, Progress)]
-    assert sum(event.pages for event in progress) == len(big.pages)
-    assert sum(event.bytes for event in progress) == 2 * len(data)
-    assert target.check(big.pages) == set(big.pages)
+    assert sum(event.pages for event in progress) == len(wanted)
+    assert sum(event.bytes for event in progress) >= len(data)
+    assert target.check(big.pages) == set(wanted)
 
 
 @pytest.mark.usefixtures("keys")
@@ -585,6 +605,8 @@ def test_the_child_holds_no_lock_of_its_parent_and_yields_the_cpu(tmp_path: Path
         assert asked.wait(ALWAYS)
         nice = os.getpriority(os.PRIO_PROCESS, pid_of(loader))
         assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)
+        if sys.platform == "linux":
+            assert os.sched_getscheduler(pid_of(loader)) == os.SCHED_BATCH
         os.close(lock)
         with (tmp_path / "lock").open() as again:
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -682,9 +704,13 @@ def test_a_page_table_says_what_its_bitmap_says(bits: bytes) -> None:
 
 
 @settings(max_examples=30)
-@given(st.lists(bitmaps, max_size=4), st.text(max_size=20), st.floats(0.1, 100))
-def test_a_job_arrives_as_it_was_sent(bits: list[bytes], etag: str, timeout: float) -> None:
-    files = tuple(BulkFile(StoredFile(0, FileName(n, n), n, etag, 0.5), each) for n, each in enumerate(bits, 1))
+@given(
+    st.lists(st.tuples(bitmaps, st.none() | st.binary(max_size=20)), max_size=4),
+    st.text(max_size=20),
+    st.floats(0.1, 100),
+)
+def test_a_job_arrives_as_it_was_sent(parts: list[tuple[bytes, bytes | None]], etag: str, timeout: float) -> None:
+    files = tuple(BulkFile(StoredFile(0, FileName(n, n), n, etag, 0.5), *each) for n, each in enumerate(parts, 1))
     job = BulkJob("s3://b/ä", Path("/a/\udcff"), Path("b"), 512, files, 8, timeout)
     sent = memoryview(b"".join(encode_job(job)))
 

@@ -28,6 +28,13 @@ class BulkFile:
     file: StoredFile
     wanted: bytes
     """Bitmap: bit (pgno-1) % 8 of byte (pgno-1) // 8 is set when the page is to be written."""
+    content: bytes | None = field(default=None, repr=False)
+    """All of the file, where it is in memory already: it is read from the replica only if these bytes are damaged."""
+
+    @property
+    def parts(self) -> tuple[bytes, ...]:
+        """What travels beside the JSON."""
+        return (self.wanted,) if self.content is None else (self.wanted, self.content)
 
     def page_table(self) -> bytes:
         """One byte a page, 1 if it is wanted; of page `pgno` at position `pgno`."""
@@ -69,7 +76,7 @@ class Progress:
     pages: int
     """Marked present. Negative: taken back, because their file is damaged."""
     bytes: int
-    """Read from storage and decoded."""
+    """Of files, decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +122,7 @@ _EVENTS: dict[str, type[Progress | FileDone | FileDamaged | FileGone]] = {
 
 
 def encode_job(job: BulkJob) -> Iterator[bytes]:
-    """The job as a length, so much JSON, and the bitmaps."""
+    """The job as a length, so much JSON, and of each file the bitmap and what is in memory."""
     header = {
         "url": job.url,
         "database": str(job.database),
@@ -125,7 +132,7 @@ def encode_job(job: BulkJob) -> Iterator[bytes]:
         "timeout": job.timeout,
         "keys": job.keys,
         "files": [
-            (f.level, f.name.min_txid, f.name.max_txid, f.size, f.etag, f.modified, len(each.wanted))
+            (f.level, f.name.min_txid, f.name.max_txid, f.size, f.etag, f.modified, *map(len, each.parts))
             for each in job.files
             for f in (each.file,)
         ],
@@ -133,7 +140,7 @@ def encode_job(job: BulkJob) -> Iterator[bytes]:
     encoded = json.dumps(header).encode()
     yield _LENGTH.pack(len(encoded)) + encoded
     for each in job.files:
-        yield each.wanted
+        yield from each.parts
 
 
 def read_job(read: Callable[[int], bytes]) -> BulkJob:
@@ -141,9 +148,9 @@ def read_job(read: Callable[[int], bytes]) -> BulkJob:
     (length,) = _LENGTH.unpack(read(_LENGTH.size))
     header = json.loads(read(length))
     files = []
-    for level, low, high, size, etag, modified, bitmap in header["files"]:
+    for level, low, high, size, etag, modified, *parts in header["files"]:
         stored = StoredFile(level, FileName(low, high), size, etag, modified)
-        files.append(BulkFile(stored, read(bitmap)))
+        files.append(BulkFile(stored, *map(read, parts)))
     return BulkJob(
         header["url"],
         Path(header["database"]),

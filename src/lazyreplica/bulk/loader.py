@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from lazyreplica.bulk.job import BulkJob, Event, FileDamaged, FileDone, FileGone, Progress
 from lazyreplica.bulk.pages import PageFile
@@ -95,21 +95,21 @@ class Loader:
         found = self._plan(index)
         if not isinstance(found, Plan):
             raise found
-        del self._plans[index]
         if found.stretches is None:
             self._load_whole(index, found, pieces)
         else:
             table = self._job.files[index].page_table()
             for span in found.stretches.spans:
                 self._load_stretch(found.stretches.index.frames(*span), next(pieces), table)
+        del self._plans[index]  # not before: `pieces` may look at it as late as now
 
     def _load_whole(self, index: int, found: Plan, pieces: Iterator[memoryview]) -> None:
         """Decode all of the file, write what is wanted, verify the file's checksum."""
         wanted = self._job.files[index]
         table = wanted.page_table()
         decoder = StreamDecoder()
-        for _ in found.pieces:
-            piece = next(pieces)
+        read = islice(pieces, len(found.pieces))
+        for piece in read if found.content is None else (memoryview(found.content),):
             for start in range(0, len(piece), _SLICE):
                 self._gate.wait()
                 pages = decoder.feed(piece[start : start + _SLICE].tobytes())
