@@ -19,6 +19,7 @@ from support.servers import S3Server, serve_rclone, serve_seaweed
 
 # A busy machine takes its time; a test that hangs is ended by pytest's own timeout.
 settings.register_profile("patient", deadline=None)
+settings.register_profile("quick", settings.get_profile("patient"), max_examples=25)
 settings.load_profile("patient")
 
 # What a developer's shell may set and the library, botocore or a client would obey.

@@ -20,6 +20,8 @@ from support.litestream import LitestreamError, ltx_files, replicate_once, repli
 from support.servers import S3Server
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def varied(tmp_path: Path) -> Path:
@@ -63,7 +65,6 @@ def test_litestream_writes_to_rclone(litestream: Path, rclone: S3Server, varied:
     assert key not in rclone.keys(bucket)
 
 
-@pytest.mark.slow
 def test_litestream_writes_to_seaweed(litestream: Path, seaweed: S3Server, varied: Path, tmp_path: Path) -> None:
     write_and_restore(seaweed, varied, tmp_path)
 
@@ -85,7 +86,6 @@ def test_litestream_survives_a_kill(litestream: Path, tmp_path: Path, file_repli
         assert_same_files(db, writer.restore(tmp_path / "out.db"))
 
 
-@pytest.mark.slow
 def test_a_busy_bank_restores_to_one_moment(litestream: Path, tmp_path: Path, file_replica_dir: Path) -> None:
     db = build_bank(tmp_path / "bank.db")
     options = {"levels": ["1s", "3s"], "snapshot_interval": "4s", "l0_retention": "2s"}

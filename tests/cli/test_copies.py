@@ -18,6 +18,8 @@ import lazyreplica
 from support.litestream import replicating, restore
 from support.process import clean_env
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "lazyreplica")
 
 
@@ -85,7 +87,6 @@ def test_a_copy_that_is_not_complete_is_not_exported(bank: Bank, run: Run, tmp_p
     assert [each["complete"] for each in run("cache", "--json", "ls", path).json] == [True]
 
 
-@pytest.mark.slow
 def test_what_waits_in_the_log_is_exported_without_the_replica(bank: Bank, run: Run, tmp_path: Path) -> None:
     database, replica, path = tmp_path / "bank.db", tmp_path / "replica", tmp_path / "copy.db"
     shutil.copy(bank.database, database)

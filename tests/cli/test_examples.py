@@ -19,6 +19,8 @@ from support.data import build_social
 from support.litestream import replicate_once
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 

@@ -15,6 +15,8 @@ from support.data import build_social
 from support.litestream import ltx_files, replicate_once
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 
 def newest(replica: Path, level: int = 0) -> Path:
     return max((replica / "ltx" / str(level)).glob("*.ltx"))

@@ -14,6 +14,8 @@ from lazyreplica.naming import is_configured
 from support.litestream import ltx_files
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def listed(bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -22,6 +22,8 @@ from lazyreplica import cli
 from lazyreplica.cli.shell import ReplicaShell
 from support.data import build_social
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sysconfig.get_path("scripts")
 PROGRAM = str(Path(SCRIPTS) / "lazyreplica")
 
@@ -103,7 +105,6 @@ def test_ctrl_c_while_a_command_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["info"]) == 130
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_a_replica_catches_up(bank: Bank, tmp_path: Path) -> None:
     other = build_social(tmp_path / "other.db", posts=100)
     before = set(tmp_path.iterdir())

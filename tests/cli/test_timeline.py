@@ -101,6 +101,7 @@ def test_every_transaction_of_a_level_is_drawn(lengths: list[int], width: int, b
     assert drawn[-1] in "╸█◆"
 
 
+@pytest.mark.slow
 def test_80_columns_no_colour_and_everything_in_it(bank: Bank, run: Run) -> None:
     done = run("timeline", bank.url)
     assert (done.status, done.err) == (0, "") and "\x1b" not in done.out
@@ -118,6 +119,7 @@ def test_80_columns_no_colour_and_everything_in_it(bank: Bank, run: Run) -> None
     assert f"TXID {report['txid']}: {report['newest_state']['files']} file" in done.out
 
 
+@pytest.mark.slow
 def test_the_chain_is_the_one_that_is_planned(bank: Bank, run: Run) -> None:
     newest = run("timeline", "--json", bank.url).json
     report = run("verify", "--json", "--no-integrity-check", bank.url).json
@@ -159,6 +161,7 @@ def test_times_come_from_the_store_or_from_the_headers(run: Run, tmp_path: Path)
     assert "1970-01-02 00:00:0" in run("timeline", "--by", "time", "--headers", url).out
 
 
+@pytest.mark.slow
 def test_100_000_files_are_drawn_in_buckets() -> None:
     files = [stored(9, 1, 1), stored(9, 1, 60_000), *(stored(0, n, n) for n in range(2, 100_001))]
     files += [stored(1, n, n + 29) for n in range(2, 99_000, 30)]
@@ -170,6 +173,7 @@ def test_100_000_files_are_drawn_in_buckets() -> None:
     assert drawn[9].count("◆") == 1
 
 
+@pytest.mark.slow
 def test_an_output_without_line_drawing_gets_plain_signs(bank: Bank, run: Run) -> None:
     """In a process of its own: the encoding of standard output is decided when it starts."""
     program = shutil.which("lazyreplica", path=sysconfig.get_path("scripts"))

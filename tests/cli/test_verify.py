@@ -242,6 +242,7 @@ def test_holes_are_the_transactions_that_nothing_covers(files: list[StoredFile])
 # -- the command --
 
 
+@pytest.mark.slow
 def test_the_real_writers_replica_is_sound(bank: Bank, run: Run) -> None:
     assert {0, 1, 2, 9} <= {int(path.parent.name) for path in bank.replica.rglob("*.ltx")}
     done = run("verify", "--json", "--against", bank.database, bank.url)
@@ -252,6 +253,7 @@ def test_the_real_writers_replica_is_sound(bank: Bank, run: Run) -> None:
     assert report["against"]["pages_compared"] == report["pages"]
 
 
+@pytest.mark.slow
 def test_the_state_is_what_litestream_restores(bank: Bank, tmp_path: Path) -> None:
     expected = restore(bank.replica, tmp_path / "restored.db").read_bytes()
     with (tmp_path / "state.db").open("x+b", buffering=0) as state:
@@ -261,6 +263,7 @@ def test_the_state_is_what_litestream_restores(bank: Bank, tmp_path: Path) -> No
         assert state.read() == expected
 
 
+@pytest.mark.slow
 def test_problems_are_shown_and_status_1(bank: Bank, run: Run, tmp_path: Path) -> None:
     replica = shutil.copytree(bank.replica, tmp_path / "replica")
     stored = newest_chain(open_store(f"file://{replica}").list_all(1).files)[-1]
@@ -290,6 +293,7 @@ def test_a_database_that_sqlite_finds_damaged_is_a_problem(run: Run, tmp_path: P
     assert run("verify", "--no-integrity-check", f"file://{tmp_path}/replica").status == 0
 
 
+@pytest.mark.slow
 def test_against_another_database(bank: Bank, run: Run, tmp_path: Path) -> None:
     other = Path(shutil.copy(bank.database, tmp_path / "other.db"))
     shutil.copy(f"{bank.database}-wal", f"{other}-wal")
@@ -363,6 +367,7 @@ def test_a_page_that_only_the_replica_has_wrong_is_found_on_a_busy_primary(tmp_p
     assert report["against"]["first_differing"] == [victim] and report["against"]["lag"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [["--wait", "soon"], ["--wait", "-1"], ["--against", "/nowhere.db"], ["--level", "0"]],
@@ -372,6 +377,7 @@ def test_a_command_line_that_makes_no_sense_is_status_2(bank: Bank, run: Run, ar
     assert (done.status, done.out) == (2, "") and done.err
 
 
+@pytest.mark.slow
 def test_what_is_no_database_is_a_clear_error(bank: Bank, run: Run, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database " * 1000)
     done = run("verify", "--against", tmp_path / "text", bank.url)
@@ -382,6 +388,7 @@ def test_what_is_no_database_is_a_clear_error(bank: Bank, run: Run, tmp_path: Pa
     assert issubclass(EmptyReplica, LazyReplicaError)
 
 
+@pytest.mark.slow
 def test_a_path_that_looks_like_markup_is_shown_as_it_is(bank: Bank, run: Run, tmp_path: Path) -> None:
     replica = shutil.copytree(bank.replica, tmp_path / "[red] app")
     for command in ("verify", "info"):

@@ -21,6 +21,8 @@ from support.litestream import find_litestream
 from support.process import Process, clean_env
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 URI = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
 assert lazyreplica.__version__  # imported for its VFS
 

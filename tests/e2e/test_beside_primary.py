@@ -155,6 +155,7 @@ def write(path: Path, table: str, writer: Litestream, times: int) -> int:
     return txid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hydrate", [False, True])
 @pytest.mark.parametrize("ahead", [False, True], ids=["from 1", "grown beyond"])
 def test_a_new_history_at_the_path_is_an_error_until_reopened(

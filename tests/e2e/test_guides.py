@@ -22,6 +22,8 @@ import lazyreplica
 from lazyreplica import config, events, listeners
 from support.guides import DOCS, blocks, run_guide, text_of
 
+pytestmark = pytest.mark.slow
+
 PROJECT = DOCS.parent
 
 
@@ -98,7 +100,6 @@ def test_observabilitys_tables() -> None:
     assert set(quoted) <= formats
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_analytics(shop: tuple[Path, str], tmp_path: Path) -> None:
     names = run_guide("analytics.md", {"URL": shop[1], "CACHE": str(tmp_path / "cache")}, expect=6)
@@ -110,7 +111,6 @@ def test_analytics(shop: tuple[Path, str], tmp_path: Path) -> None:
         assert plain.execute("select count(*) from orders").fetchone() == (5000,)
 
 
-@pytest.mark.slow
 def test_what_analytics_says_does_not_work(shop: tuple[Path, str]) -> None:
     import pandas as pd
     import polars as pl

@@ -269,6 +269,7 @@ def test_two_replicas_join(social: tuple[Path, str], varied: tuple[Path, str]) -
         assert one(db, POSTS) == 3000
 
 
+@pytest.mark.slow
 def test_one_replica_attached_twice_is_seen_at_one_transaction(
     litestream: Path, tmp_path: Path, file_replica_dir: Path
 ) -> None:
@@ -461,6 +462,7 @@ def test_a_fixed_head_moves_only_when_asked(live: tuple[sqlite3.Connection, Lite
         assert one(db, "SELECT count(*) FROM users") == users + 1
 
 
+@pytest.mark.slow
 def test_data_version_changes_exactly_with_the_txid(
     live: tuple[sqlite3.Connection, Litestream], file_url_: str
 ) -> None:

@@ -165,6 +165,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Big:
 # -- what it brings --
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", Compression)
 @pytest.mark.parametrize(("page_size", "count"), [(512, 3000), (4096, 3000), (65536, 150)])
 def test_every_wanted_page_comes_from_its_file_and_no_other(
@@ -411,6 +412,7 @@ def test_stop_does_not_wait_for_a_server_that_stalls(tmp_path: Path, big: Big) -
     target.check(big.pages)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keys")
 def test_a_server_that_stalls_too_long(tmp_path: Path) -> None:
     target = Target.make(tmp_path, 4096, 10)
@@ -494,6 +496,7 @@ def test_while_it_pauses_nothing_comes(tmp_path: Path, big: Big) -> None:
     assert target.check(big.pages) == set(big.pages)
 
 
+@pytest.mark.slow
 def test_it_may_begin_with_a_pause(tmp_path: Path, big: Big) -> None:
     target = Target.make(tmp_path, 4096, len(big.pages))
     loader = BulkLoader(target.job(big.directory.url, [(big.file, big.pages)]))
@@ -564,6 +567,7 @@ def runs_still(pid: int) -> bool:
     return bool(state.strip()) and not state.startswith("Z")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keys")
 @pytest.mark.parametrize("forks", [False, True])
 def test_the_child_ends_with_its_parent(tmp_path: Path, forks: bool) -> None:
@@ -590,6 +594,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path, forks: bool) -> None:
                     os.kill(sibling, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keys")
 def test_the_child_holds_no_lock_of_its_parent_and_yields_the_cpu(tmp_path: Path) -> None:
     target = Target.make(tmp_path, 4096, 8)
@@ -612,6 +617,7 @@ def test_the_child_holds_no_lock_of_its_parent_and_yields_the_cpu(tmp_path: Path
             fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
 def test_a_forked_child_leaves_the_loader_alone(tmp_path: Path, big: Big) -> None:
     target = Target.make(tmp_path, 4096, len(big.pages))
     script = f"""

@@ -430,6 +430,7 @@ class StuckStore(SpyStore):
         return super().read(file, offset, length, timeout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [True, False])
 def test_who_joins_makes_a_request_of_its_own_before_read_timeout(directory: ReplicaDirectory, answers: bool) -> None:
     """One request may be stuck in a connection that has died, and the next one is answered at once."""

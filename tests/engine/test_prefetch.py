@@ -127,6 +127,7 @@ def test_a_scan_gets_ahead_faster_and_faster_up_to_the_limit(
     assert all(1.5 * before <= after <= 4 * before for before, after in itertools.pairwise(growing[:-1]))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(8, 300), min_size=1, max_size=5), st.sampled_from([1, -1]))
 def test_a_scan_with_little_room_reads_few_pages_alone(database: Database, rooms: list[int], direction: int) -> None:
@@ -181,6 +182,7 @@ def test_interior_pages_that_were_refused_are_asked_for_again(database: Database
     pytest.fail("what was refused was never asked for again")
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_step_makes_no_later_read_fail(database: Database) -> None:
     """Ctrl-C ends a statement, not the connection: Python delivers it between any two steps of ours."""
     leaves = database.trees["t"].leaves

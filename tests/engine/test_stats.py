@@ -39,6 +39,7 @@ def test_requests_and_bytes_are_those_of_the_store(tmp_path: Path) -> None:
         assert 0 <= later.lag < 60
 
 
+@pytest.mark.slow
 def test_pages_read_ahead_are_read_or_wasted(tmp_path: Path) -> None:
     history, directory = start(tmp_path / "replica", size=20_000)
     with opened(directory, cache_size=1 << 20) as replica:

@@ -14,6 +14,7 @@ from lazyreplica.errors import LineageChanged, ReplicaError, SnapshotGone
 from support.waiting import eventually
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hydrate", [True, False])
 def test_readers_see_one_transaction_or_an_honest_error(
     directory: ReplicaDirectory, monkeypatch: pytest.MonkeyPatch, hydrate: bool, caplog: pytest.LogCaptureFixture

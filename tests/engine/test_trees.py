@@ -393,6 +393,7 @@ lies = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(lies, st.integers(0, 200))
 def test_pages_that_lead_in_circles_end_every_question(lies: list[tuple[int, list[int], int]], count: int) -> None:

@@ -13,6 +13,8 @@ from support.faultproxy import Fault, FaultProxy
 from support.servers import S3Server
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 DATA = bytes(range(256)) * 400
 
 
@@ -45,7 +47,6 @@ def test_rclone_takes_what_passes(rclone: S3Server) -> None:
     passes(rclone)
 
 
-@pytest.mark.slow
 def test_seaweed_takes_what_passes(seaweed: S3Server) -> None:
     passes(seaweed)
 

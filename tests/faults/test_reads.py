@@ -25,6 +25,8 @@ from support.databases import assert_intact
 from support.faultproxy import Fault, FaultProxy
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 PASSING = [
     (Fault.DELAY, {"seconds": 0.1, "count": 5}),
     (Fault.SERVER_ERROR, {"count": 3}),
@@ -99,7 +101,6 @@ def test_a_lasting_fault_is_one_clear_error_in_time_and_heals(
         assert rows(connection) == social.rows()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "error"), [*LASTING, (Fault.NOT_FOUND, LazyReplicaError)], ids=lambda value: getattr(value, "value", "")
 )

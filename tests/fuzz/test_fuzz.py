@@ -10,6 +10,8 @@ from lazyreplica.ltx import decode_file
 from support import fuzz
 from support.memory import forget_peak, peak_resident
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:

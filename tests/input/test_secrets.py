@@ -144,6 +144,7 @@ def test_no_object_of_ours_shows_the_credentials(
     assert secret not in caplog.text and "Signature=" not in caplog.text
 
 
+@pytest.mark.slow
 def test_the_command_does_not_show_the_credentials(rclone: S3Server, tmp_path: Path) -> None:
     program = Path(sysconfig.get_path("scripts")) / "lazyreplica"
     url = rclone.url(rclone.new_bucket(), "app")

@@ -17,6 +17,8 @@ from lazyreplica.local.state import Proof
 from lazyreplica.pagemap import Layer
 from lazyreplica.storage import StoredFile
 
+pytestmark = pytest.mark.slow
+
 
 def grow(history: History, rng: random.Random, count: int) -> None:
     for _ in range(count):

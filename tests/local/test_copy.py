@@ -181,8 +181,9 @@ class CopyMachine(RuleBasedStateMachine):
         assert self.owner.view(self.history.txid + 1) is None
 
 
-TestCopy = CopyMachine.TestCase
-TestCopy.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+@pytest.mark.slow
+class TestCopy(CopyMachine.TestCase):
+    settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def test_a_fold_that_a_full_disk_ends_leaves_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

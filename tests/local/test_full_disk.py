@@ -19,6 +19,8 @@ from lazyreplica.local import deltalog
 from lazyreplica.replica import Replica
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 WRITES = ("pwrite", "ftruncate", "copy_file_range", "fdatasync", "fsync", "link", "rename")
 MOST = 400
 

@@ -17,6 +17,8 @@ from lazyreplica.local import deltalog, state
 from lazyreplica.local.directory import CopyDirectory
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 CASES = 60
 
 

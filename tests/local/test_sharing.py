@@ -23,10 +23,11 @@ from support.litestream import replicating
 from support.process import clean_env
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
 def test_processes_and_threads_read_one_copy_of_a_live_replica(tmp_path: Path) -> None:
     command = [sys.executable, str(HERE / "sharing.py"), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, process_group=0)
@@ -176,7 +177,6 @@ while end is None or time.monotonic() < end:
 """
 
 
-@pytest.mark.slow
 def test_processes_share_a_copy_of_what_litestream_writes_and_compacts(
     litestream: Path, tmp_path: Path, file_replica_dir: Path
 ) -> None:

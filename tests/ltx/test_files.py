@@ -154,6 +154,7 @@ def test_mixed_compressions_and_chunks(page_size: int, noise: bytes) -> None:
         assert stream(chunked(data, 1)) == pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", Compression)
 def test_snapshot_larger_than_the_lock_page(compression: Compression, noise: bytes) -> None:
     """16400 pages of 64 KiB: 1 GiB and a little, without page 16385."""
@@ -210,6 +211,7 @@ def small_files(noise: bytes) -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_every_bit_flip_shows_or_changes_nothing(noise: bytes) -> None:
     """The file checksum covers decompressed pages: a flip in LZ4 data may decompress to the same page."""
     harmless = flips = 0

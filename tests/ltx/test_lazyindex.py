@@ -157,6 +157,7 @@ options = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(some_sizes, options, seeds)
 def test_every_page_in_any_order(sizes: list[int], options: dict[str, int], order: random.Random) -> None:
@@ -258,6 +259,7 @@ def test_reads_where_sizes_are_uneven(name: str) -> None:
     assert max(small) <= 6
 
 
+@pytest.mark.slow
 def test_neighbours_come_along(ten_gigabytes: Region) -> None:
     """A read of 64 KiB brings that many entries, beside known ones too, and again after they were forgotten."""
     file, forwards = ten_gigabytes, range(1_000_000, 1_120_000, 100)
@@ -271,6 +273,7 @@ def test_neighbours_come_along(ten_gigabytes: Region) -> None:
             assert file.reads - before <= (40 if capacity == 1 << 18 else 20)  # all stay in 4 MiB
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(ten_gigabytes: Region) -> None:
     file = ten_gigabytes
     index = file.open(capacity=100_000)
@@ -321,6 +324,7 @@ def test_single_entries_do_not_cost_their_block(monkeypatch: pytest.MonkeyPatch)
 # -- bytes that are at hand
 
 
+@pytest.mark.slow
 def test_preload_of_the_tail(ten_gigabytes: Region) -> None:
     file = ten_gigabytes
     tail = file.data[-(64 << 10) + TRAILER_SIZE :] + bytes(TRAILER_SIZE)
@@ -380,6 +384,7 @@ def outcome(index: LazyIndex, pgno: int) -> Entry | LTXError:
         return error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [64, 150, 1000])
 def test_one_damaged_byte(block_size: int) -> None:
     """Any one: whoever asks for a page near it learns the truth, or that the index is damaged."""

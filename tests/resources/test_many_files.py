@@ -25,6 +25,8 @@ from lazyreplica.storage.url import FileURL, parse_replica_url
 from support.manyfiles import ManyFiles, marks
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 STILL = {"hydrate": False, "poll_interval": 0}
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 
@@ -122,7 +124,6 @@ MEASURE = textwrap.dedent("""
 
 
 @LINUX
-@pytest.mark.slow
 def test_a_hundred_thousand_files_open_in_bounded_time_and_memory(tmp_path: Path) -> None:
     """0.2 ms a file to open it, and 1 KB of memory for what a listing says of it. Files whose pages are all superseded
     cost nothing else: only 9 MiB of what was read is kept, and a layer only while a page may come from it."""

@@ -19,7 +19,7 @@ from support.manyfiles import ManyFiles, marks
 from support.waiting import eventually
 
 QUERY = "SELECT id, mark FROM t ORDER BY id"
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="asks /proc"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,8 @@ from support.databases import assert_same_files
 from support.litestream import replicate_once, replicating, restore
 from support.process import clean_env
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "lazyreplica")
 TESTS = str(Path(__file__).resolve().parents[1])
 
@@ -85,7 +87,6 @@ def wait_for(path: Path, n: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_readers_never_see_a_torn_state_although_the_follower_is_killed(tmp_path: Path) -> None:
     database, output = build_bank(tmp_path / "bank.db"), tmp_path / "out.db"
     replica = tmp_path / "replica"

@@ -30,6 +30,8 @@ from support.litestream import LitestreamError, ltx_files, replicate_once, repli
 from support.process import clean_env
 from support.servers import S3Server
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = str(Path(sysconfig.get_path("scripts")) / "lazyreplica")
 ALWAYS = 30.0
 
@@ -95,7 +97,6 @@ def present(output: Path) -> int:
 # -- the same bytes --
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page_size", [512, 4096, 65536])
 def test_the_same_bytes_as_litestream_at_every_moment(page_size: int, tmp_path: Path) -> None:
     database = build_bank(tmp_path / "bank.db", page_size=page_size)
@@ -152,7 +153,6 @@ def test_where_no_process_can_be_started(social: Path, tmp_path: Path, monkeypat
 # -- interrupted --
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(social: Path, rclone: S3Server, tmp_path: Path) -> None:
     bucket = upload(social, rclone)
     output = tmp_path / "out.db"

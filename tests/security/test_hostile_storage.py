@@ -20,6 +20,8 @@ from lazyreplica.ltx.frame import BLOCK_HEADER, Compression
 from lazyreplica.storage.s3_xml import parse_failure, parse_page
 from support.manyfiles import ManyFiles
 
+pytestmark = pytest.mark.slow
+
 PAGES = (1 << 32) - 1
 PAGE_SIZE = 64 << 10
 PETABYTE = 10**15 - 1

@@ -25,6 +25,8 @@ from lazyreplica.local.base import Base
 from lazyreplica.local.state import read_state
 from support.manyfiles import ManyFiles, marks
 
+pytestmark = pytest.mark.slow
+
 QUERY = "SELECT id, mark FROM t ORDER BY id"
 PRECIOUS = "precious"
 

@@ -20,6 +20,8 @@ from lazyreplica.storage import Store, idle, open_store, reach, transport
 from lazyreplica.storage.waiting import called_off_by, wait
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 GOOD = ranged()
 
 

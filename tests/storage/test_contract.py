@@ -203,6 +203,7 @@ def test_missing_bucket_or_directory(
         store.close()
 
 
+@pytest.mark.slow
 def test_more_than_a_page(rclone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in rclone.env.items():
         monkeypatch.setenv(name, value)
