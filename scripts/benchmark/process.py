@@ -19,7 +19,8 @@ from support.process import tail
 
 _SAMPLE_EVERY = 0.02
 _CHILDREN_EVERY = 10
-"""Samples between two looks for children: with dozens of threads it takes a millisecond."""
+"""Samples between two looks for children: with dozens of threads one takes a millisecond. The children in question live
+for seconds."""
 _END_TIMEOUT = 20.0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lazyreplica.bulk import (
     BulkFile,
@@ -55,15 +55,15 @@ class BulkFiller:
         self,
         base: Base,
         wanted: Sequence[Wanted],
-        kept: Callable[[Layer], bytes | None],
+        frames: Iterable[tuple[int, memoryview]],
         lock_fd: int,
         goes_on: Callable[[], bool],
     ) -> dict[Layer, str]:
         """Bring those pages into `base`, while `goes_on` says so; what it did not bring is simply not there.
 
-        `kept` gives a layer's file, if it is in memory: then it is not downloaded. (Decoded by us, each of its pages
-        would be a hand-over of the interpreter lock from a reader and back.) The child keeps `lock_fd` open: if we are
-        killed, the lock lasts until it has noticed and ended.
+        `frames`: of pages that are in memory. (Decoded by us, each of them would be a hand-over of the interpreter lock
+        from a reader and back: one query in 200 met one while 587 MB hydrated.) The child keeps `lock_fd` open: if we
+        are killed, the lock lasts until it has noticed and ended.
 
         Returns the layers that turned out to be damaged, and how. Raises `Stopped`; `OSError` when the local files
         cannot be written, `LazyReplicaError` when no loader can be had or it failed for another reason.
@@ -73,12 +73,14 @@ class BulkFiller:
             base.path,
             base.presence_path,
             base.page_size,
-            tuple(BulkFile(each.layer.file, _bitmap(each.pgnos), kept(each.layer)) for each in wanted),
+            tuple(BulkFile(each.layer.file, _bitmap(each.pgnos)) for each in wanted),
             _CONNECTIONS,
             self._timeout,
             self._store.keys(),
+            tuple(frames),
         )
         loader = BulkLoader(job, kept_fds=(lock_fd,))
+        del job  # its bytes are needed until they are sent
         with self._lock:
             if self._stopped:
                 raise Stopped

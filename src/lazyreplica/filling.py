@@ -95,9 +95,16 @@ class Filler:
         self._stop = stop
         self._timeout = timeout
 
-    def is_gone(self, layer: Layer) -> bool:
-        """Whether the layer's file is known to be gone: its pages are to be had only elsewhere, or out of memory."""
-        return self._relocator.is_gone(layer)
+    def is_here(self, layer: Layer) -> bool:
+        """Whether the layer's file is in memory, or known to be gone: nothing to download."""
+        return self._layers.kept(layer) is not None or self._relocator.is_gone(layer)
+
+    def frames(self, shares: Iterable[Wanted]) -> Iterator[tuple[int, memoryview]]:
+        """Number and frame of each of those pages that is in memory."""
+        for each in shares:
+            kept = self._layers.kept(each.layer)
+            if kept is not None:
+                yield from frames_of(kept, each.layer, each.pgnos)
 
     def fill(self, snapshot: Snapshot, copy: LocalCopy, wanted: Wanted) -> None:
         """Write those pages into the base of `copy`, whose newest state `snapshot` is.
@@ -213,12 +220,18 @@ def write(base: Base, pages: Iterable[tuple[int, bytes]]) -> None:
 
 def pages_of(data: bytes, layer: Layer, pgnos: Iterable[int]) -> Iterator[tuple[int, bytes]]:
     """Pages of a layer whose file is in memory."""
+    for pgno, frame in frames_of(data, layer, pgnos):
+        yield pgno, decode_frame(frame, pgno, layer.header.page_size)
+
+
+def frames_of(data: bytes, layer: Layer, pgnos: Iterable[int]) -> Iterator[tuple[int, memoryview]]:
+    """The same, as they are in the file."""
     view = memoryview(data)
     for pgno in pgnos:
         entry = layer.index.get(pgno)
         assert entry is not None, "only pages of this layer are asked for"
         offset, size = entry
-        yield pgno, decode_frame(view[offset : offset + size], pgno, layer.header.page_size)
+        yield pgno, view[offset : offset + size]
 
 
 def _runs(source: Layer, pgnos: list[int]) -> Iterable[list[tuple[int, int, int]]]:

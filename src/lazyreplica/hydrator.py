@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Iterable
 
 from lazyreplica import bulkfilling, listeners
 from lazyreplica.attachment import Apply, Attachment
@@ -212,7 +213,7 @@ class Hydrator:
 
     def _restart(self, head: Snapshot) -> None:
         old, self.local.copy = self.local.copy, None
-        self._settled = False
+        self._settled = self._by_hand = False
         self._behind.clear()
         try:
             self.local.begin(head)
@@ -262,6 +263,7 @@ class Hydrator:
     def _fill(self, copy: LocalCopy, head: Snapshot) -> None:
         missing = copy.missing()
         if not missing:
+            self._by_hand = False
             with self.local.guard:
                 if self.local.copy is copy:
                     self.local.complete = True
@@ -276,10 +278,12 @@ class Hydrator:
         if missing[-1] > copy.base.commit:
             self._fold(copy)
         shares = share_out(head, missing)
-        there = [each for each in shares if not self._filler.is_gone(each.layer)]
-        large = sum(each.layer.file.size for each in there if self._layers.kept(each.layer) is None)
-        if large >= bulkfilling.WORTH and not self._by_hand:
-            self._fill_in_bulk(copy, there)
+        here: list[Wanted] = []
+        large: list[Wanted] = []
+        for each in shares:
+            (here if self._filler.is_here(each.layer) else large).append(each)
+        if sum(each.layer.file.size for each in large) >= bulkfilling.WORTH and not self._by_hand:
+            self._fill_in_bulk(copy, large, self._filler.frames(here))
             return  # what it could not bring is still missing
         for wanted in shares:
             self._filler.fill(head, copy, wanted)
@@ -287,10 +291,10 @@ class Hydrator:
                 return
         self._by_hand = False
 
-    def _fill_in_bulk(self, copy: LocalCopy, wanted: list[Wanted]) -> None:
+    def _fill_in_bulk(self, copy: LocalCopy, wanted: list[Wanted], frames: Iterable[tuple[int, memoryview]]) -> None:
         held = self.local.directory.users_fd
         try:
-            damaged = self._bulk.fill(copy.base, wanted, self._layers.kept, held, lambda: self.local.copy is copy)
+            damaged = self._bulk.fill(copy.base, wanted, frames, held, lambda: self.local.copy is copy)
         except LazyReplicaError as exc:
             log.info("%s is not loaded in bulk: %s", self._store.url, exc)
             damaged = {}

@@ -42,6 +42,7 @@ from lazyreplica.bulk import (
 from lazyreplica.bulk.job import decode_event, encode_event, encode_job, read_job
 from lazyreplica.bulk.pages import PageFile, runs
 from lazyreplica.ltx import FLAG_NO_CHECKSUM, Compression, FileName, Header, decode_file, encode_file
+from lazyreplica.ltx.frame import encode_frame
 from lazyreplica.storage import StoredFile, open_store
 from support.servers import S3Server
 from support.waiting import eventually
@@ -226,21 +227,49 @@ def test_of_a_large_file_only_what_is_wanted_is_read(tmp_path: Path, big: Big) -
     assert sum(event.bytes for event in events if isinstance(event, Progress)) < big.file.size / 2
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_file_in_memory_is_not_read_unless_its_bytes_are_damaged(
-    tmp_path: Path, directory: ReplicaDirectory, damaged: bool
+@pytest.mark.parametrize("compression", Compression)
+def test_pages_in_memory_come_with_the_job(
+    tmp_path: Path, directory: ReplicaDirectory, compression: Compression
 ) -> None:
     pages = {pgno: make_page(4096, pgno) for pgno in range(1, 501)}
-    content = encode(pages, 500, 1, 1, Compression.BLOCK)
-    directory.write_bytes(9, 1, 1, content)
-    job = Target.make(tmp_path, 4096, 500).job(directory.url, [(stored(directory.url)[0], pages)])
-    if damaged:
-        content = bytes([*content[:-20], content[-20] ^ 1, *content[-19:]])
-    else:
-        directory.place(9, 1, 1).unlink()
-    events = load(replace(job, files=(replace(job.files[0], content=content),)))
-    assert events == [FileDone(0)]
-    assert Target(job.database, job.presence, 4096, 500).check(pages) == set(pages)
+    odd = {pgno: page for pgno, page in pages.items() if pgno % 2}
+    directory.write_bytes(0, 2, 2, encode(odd, 500, 2, 2, compression))
+    frames = {pgno: encode_frame(pgno, page, compression) for pgno, page in pages.items() if pgno not in odd}
+    frames |= {100: frames[102], 200: frames[200][:-9], 300: b""}  # damaged: they stay absent
+    target = Target.make(tmp_path, 4096, 500)
+    job = target.job(directory.url, [(stored(directory.url)[0], odd)], frames=tuple(reversed(frames.items())))
+    with loading(job) as loader:
+        events = list(loader.events())
+    assert [event for event in events if not isinstance(event, Progress)] == [FileDone(0)]
+    assert target.check(pages) == set(pages) - {100, 200, 300}
+    assert sum(event.pages for event in events if isinstance(event, Progress)) == len(pages) - 3
+
+
+def large_job(target: Target, big: Big) -> BulkJob:
+    """More than a pipe takes at once, in both directions."""
+    frames = tuple((pgno, encode_frame(pgno, page, Compression.BLOCK)) for pgno, page in big.pages.items() if pgno > 50)
+    return target.job(big.directory.url, [(big.file, range(1, 51))], frames=frames)
+
+
+def test_a_child_that_says_much_before_it_listens(tmp_path: Path, big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "_BOOTSTRAP", "import os\nos.write(2, b'x' * (1 << 20))\n" + bulk._BOOTSTRAP)
+    target = Target.make(tmp_path, 4096, len(big.pages))
+    assert load(large_job(target, big)) == [FileDone(0)]
+    assert target.check(big.pages) == set(big.pages)
+
+
+def test_nobody_waits_for_a_child_that_does_not_listen(
+    tmp_path: Path, big: Big, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "_BOOTSTRAP", "import time\ntime.sleep(1000)")
+    loader = BulkLoader(large_job(Target.make(tmp_path, 4096, len(big.pages)), big))
+    loader.start()
+    time.sleep(0.1)  # its input fills up
+    for _ in range(100_000):
+        loader.pause()
+        loader.resume()
+    loader.stop()
+    assert list(loader.events()) == []
 
 
 # -- files --
@@ -711,13 +740,16 @@ def test_a_page_table_says_what_its_bitmap_says(bits: bytes) -> None:
 
 @settings(max_examples=30)
 @given(
-    st.lists(st.tuples(bitmaps, st.none() | st.binary(max_size=20)), max_size=4),
+    st.lists(bitmaps, max_size=4),
+    st.lists(st.tuples(st.integers(1, (1 << 32) - 1), st.binary(max_size=20)), max_size=4),
     st.text(max_size=20),
     st.floats(0.1, 100),
 )
-def test_a_job_arrives_as_it_was_sent(parts: list[tuple[bytes, bytes | None]], etag: str, timeout: float) -> None:
-    files = tuple(BulkFile(StoredFile(0, FileName(n, n), n, etag, 0.5), *each) for n, each in enumerate(parts, 1))
-    job = BulkJob("s3://b/ä", Path("/a/\udcff"), Path("b"), 512, files, 8, timeout)
+def test_a_job_arrives_as_it_was_sent(
+    bits: list[bytes], frames: list[tuple[int, bytes]], etag: str, timeout: float
+) -> None:
+    files = tuple(BulkFile(StoredFile(0, FileName(n, n), n, etag, 0.5), each) for n, each in enumerate(bits, 1))
+    job = BulkJob("s3://b/ä", Path("/a/\udcff"), Path("b"), 512, files, 8, timeout, None, tuple(frames))
     sent = memoryview(b"".join(encode_job(job)))
 
     def read(size: int) -> bytes:

@@ -19,11 +19,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
 from lazyreplica.bulk.job import (
+    LISTENING,
     BulkFile,
     BulkJob,
     Event,
@@ -79,7 +81,11 @@ class BulkLoader:
     ) -> None:
         """`on_pages` is told of each `Progress`'s pages, by whoever takes `events`. The child inherits `kept_fds`."""
         self._kept_fds = kept_fds
-        self._job = job
+        self._left = len(job.files)
+        """Files that the child has not ended yet."""
+        self._job = encode_job(job)
+        """What it has not been given yet; and `_rest`, of the part that it is given now."""
+        self._rest = memoryview(b"")
         self._on_pages = on_pages
         self._owner = os.getpid()
         self._events: SimpleQueue[Event | None] = SimpleQueue()
@@ -89,7 +95,7 @@ class BulkLoader:
         self._lock = threading.Lock()
         """Guards what follows, and is not held for long."""
         self._listening = False
-        """The process has the job, and its standard input is open."""
+        """The process has read the job, and its standard input is open."""
         self._paused = False
         self._stopped = False
 
@@ -149,58 +155,82 @@ class BulkLoader:
 
     def _command(self, letter: bytes) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended
-            self._process.stdin.write(letter)
+        # It has ended; or it has read nothing for 64 KiB of letters, and must not keep whoever tells it one.
+        with contextlib.suppress(OSError):
+            os.write(self._process.stdin.fileno(), letter)
 
     def _attend(self) -> None:
         """The thread: gives the process its job, and passes on what it says."""
         process = self._process
         assert process is not None
-        left = len(self._job.files)
         try:
-            self._give_job(process)
-            for event in self._listen(process):
+            for event in self._talk(process):
+                if event == LISTENING:
+                    self._it_listens()
+                    continue
                 if isinstance(event, FileDone | FileDamaged | FileGone):
-                    left -= 1
+                    self._left -= 1
                 elif isinstance(event, Failed):
-                    left = 0
+                    self._left = 0
                 self._events.put(event)
         except Exception as exc:  # noqa: BLE001 (told, or whoever waits for events would wait for ever)
-            left = 0
+            self._left = 0
             self._events.put(Failed(exc))
         finally:
             with self._lock:
                 self._listening = False
             status = _end(process)
-            if left and not self._stopped:
+            if self._left and not self._stopped:
                 ended = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
                 said = f"; its last words: {self._last_words}" if self._last_words else ""
-                self._events.put(Failed(WorkerLost(f"the bulk worker {ended} with {left} files to go{said}")))
+                self._events.put(Failed(WorkerLost(f"the bulk worker {ended} with {self._left} files to go{said}")))
             self._events.put(None)
 
-    def _give_job(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: then it says nothing more, either
-            for part in encode_job(self._job):
-                view = memoryview(part)
-                while view:
-                    view = view[process.stdin.write(view) :]
+    def _give(self, stdin: int) -> bool:
+        """Give the process as much of its job as it takes now; False when there is nothing more to give."""
+        parts: Iterator[bytes | memoryview] = chain((self._rest,), self._job)
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                try:
+                    rest = rest[os.write(stdin, rest) :]
+                except BlockingIOError:
+                    self._rest = rest
+                    return True
+                except BrokenPipeError:  # it has ended: then it says nothing more, either
+                    return False
+        self._rest = memoryview(b"")
+        return False
+
+    def _it_listens(self) -> None:
+        """The process has read its job: there is room for a letter, and it will be read."""
         with self._lock:
             self._listening = True
             if self._paused:
                 self._command(_PAUSE)
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> Iterator[Event]:
-        """Events until the process closes its output; what it writes to standard error is logged."""
-        assert process.stdout is not None and process.stderr is not None
+    def _talk(self, process: subprocess.Popen[bytes]) -> Iterator[Event]:
+        """Events until the process closes its output; what it writes to standard error is logged.
+
+        All at once: a process that waits until it is rid of what it says reads no job, and the other way round.
+        """
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        os.set_blocking(process.stdin.fileno(), False)
         with selectors.DefaultSelector() as selector:
+            selector.register(process.stdin, selectors.EVENT_WRITE)
             for pipe in (process.stdout, process.stderr):
                 selector.register(pipe, selectors.EVENT_READ, bytearray())
-            while selector.get_map():
+            talking = 2
+            while talking:
                 for key, _ in selector.select():
+                    if key.fileobj is process.stdin:
+                        if not self._give(key.fd):
+                            selector.unregister(key.fd)
+                        continue
                     partial = key.data
                     if not (data := os.read(key.fd, 1 << 16)):
                         selector.unregister(key.fd)
+                        talking -= 1
                     *lines, rest = (partial + data).split(b"\n")
                     partial[:] = rest
                     for line in lines:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -14,6 +16,7 @@ from lazyreplica.ltx.name import FileName
 from lazyreplica.storage import StoredFile
 
 _LENGTH = Struct(">I")
+_NUMBER = array("I").itemsize
 _ONES = tuple(bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256))
 
 
@@ -28,13 +31,6 @@ class BulkFile:
     file: StoredFile
     wanted: bytes
     """Bitmap: bit (pgno-1) % 8 of byte (pgno-1) // 8 is set when the page is to be written."""
-    content: bytes | None = field(default=None, repr=False)
-    """All of the file, where it is in memory already: it is read from the replica only if these bytes are damaged."""
-
-    @property
-    def parts(self) -> tuple[bytes, ...]:
-        """What travels beside the JSON."""
-        return (self.wanted,) if self.content is None else (self.wanted, self.content)
 
     def page_table(self) -> bytes:
         """One byte a page, 1 if it is wanted; of page `pgno` at position `pgno`."""
@@ -48,10 +44,9 @@ class BulkFile:
 
 @dataclass(frozen=True, slots=True)
 class BulkJob:
-    """Bring the wanted pages of `files` from a replica into a database file.
+    """Bring the wanted pages of `files` from a replica into a database file, and those that are in memory.
 
-    No page is wanted from two files, and until the job has ended nobody else writes the pages it wants, or their
-    presence.
+    No page is wanted twice, and until the job has ended nobody else writes the pages it wants, or their presence.
     """
 
     url: str
@@ -67,6 +62,8 @@ class BulkJob:
     """Seconds for each request."""
     keys: dict[str, str] | None = field(default=None, repr=False)
     """What `Store.keys` gave: secrets. None: the child looks for credentials in its environment."""
+    frames: tuple[tuple[int, bytes | memoryview], ...] = field(default=(), repr=False)
+    """Pages whose bytes are in memory: each one's number, and its frame as it is in an LTX file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,11 @@ class Progress:
     pages: int
     """Marked present. Negative: taken back, because their file is damaged."""
     bytes: int
-    """Of files, decoded."""
+    """Read from storage and decoded."""
+
+
+LISTENING = Progress(0, 0)
+"""What the child says first: it has read its job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ _EVENTS: dict[str, type[Progress | FileDone | FileDamaged | FileGone]] = {
 
 
 def encode_job(job: BulkJob) -> Iterator[bytes]:
-    """The job as a length, so much JSON, and of each file the bitmap and what is in memory."""
+    """The job as a length, so much JSON, the bitmaps, and of the frames the page numbers, the lengths and the bytes."""
     header = {
         "url": job.url,
         "database": str(job.database),
@@ -132,15 +133,19 @@ def encode_job(job: BulkJob) -> Iterator[bytes]:
         "timeout": job.timeout,
         "keys": job.keys,
         "files": [
-            (f.level, f.name.min_txid, f.name.max_txid, f.size, f.etag, f.modified, *map(len, each.parts))
+            (f.level, f.name.min_txid, f.name.max_txid, f.size, f.etag, f.modified, len(each.wanted))
             for each in job.files
             for f in (each.file,)
         ],
+        "frames": len(job.frames),
     }
     encoded = json.dumps(header).encode()
     yield _LENGTH.pack(len(encoded)) + encoded
     for each in job.files:
-        yield from each.parts
+        yield each.wanted
+    yield array("I", (pgno for pgno, _ in job.frames)).tobytes()
+    yield array("I", (len(frame) for _, frame in job.frames)).tobytes()
+    yield b"".join(frame for _, frame in job.frames)
 
 
 def read_job(read: Callable[[int], bytes]) -> BulkJob:
@@ -148,9 +153,13 @@ def read_job(read: Callable[[int], bytes]) -> BulkJob:
     (length,) = _LENGTH.unpack(read(_LENGTH.size))
     header = json.loads(read(length))
     files = []
-    for level, low, high, size, etag, modified, *parts in header["files"]:
+    for level, low, high, size, etag, modified, bitmap in header["files"]:
         stored = StoredFile(level, FileName(low, high), size, etag, modified)
-        files.append(BulkFile(stored, *map(read, parts)))
+        files.append(BulkFile(stored, read(bitmap)))
+    count = header["frames"]
+    pgnos, lengths = (array("I", read(count * _NUMBER)) for _ in range(2))
+    frames = memoryview(read(sum(lengths)))
+    ends = list(accumulate(lengths))
     return BulkJob(
         header["url"],
         Path(header["database"]),
@@ -160,6 +169,7 @@ def read_job(read: Callable[[int], bytes]) -> BulkJob:
         header["connections"],
         header["timeout"],
         header["keys"],
+        tuple((pgno, frames[end - length : end]) for pgno, length, end in zip(pgnos, lengths, ends, strict=True)),
     )
 
 

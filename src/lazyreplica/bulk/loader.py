@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
+from operator import itemgetter
 
 from lazyreplica.bulk.job import BulkJob, Event, FileDamaged, FileDone, FileGone, Progress
 from lazyreplica.bulk.pages import PageFile
@@ -42,10 +43,10 @@ class Loader:
         self._tell = tell
         self._reader = reader
         self._target = PageFile(job.database, job.presence, job.page_size)
-        for each in job.files:
-            highest = int.from_bytes(each.wanted, "little").bit_length()
-            if highest > self._target.page_count:
-                raise ValueError(f"page {highest} is wanted, the presence file has {self._target.page_count}")
+        in_files = (int.from_bytes(each.wanted, "little").bit_length() for each in job.files)
+        highest = max(chain(in_files, (pgno for pgno, _ in job.frames)), default=0)
+        if highest > self._target.page_count:
+            raise ValueError(f"page {highest} is wanted, the presence file has {self._target.page_count}")
         self._plans: dict[int, Plan | LazyReplicaError] = {}
         self._pages = self._bytes = 0
         self._reported = 0.0
@@ -54,6 +55,7 @@ class Loader:
 
     def run(self) -> None:
         """Raises `StoreError` except `FileVanished`, `OSError`."""
+        self._load_frames()
         index, again = 0, False
         while index < len(self._job.files):
             try:
@@ -73,6 +75,17 @@ class Loader:
                 else:
                     self._plans[index] = plan_whole(self._job.files[index].file)
                     again = True
+
+    def _load_frames(self) -> None:
+        """Decode and write what came with the job. A page that cannot be decoded is simply not there."""
+        page_size = self._job.page_size
+
+        def decode() -> Iterator[tuple[int, bytes]]:
+            for pgno, frame in sorted(self._job.frames, key=itemgetter(0)):
+                with contextlib.suppress(LTXError):
+                    yield pgno, decode_frame(frame, pgno, page_size)
+
+        self._write(decode(), b"\1" * (self._target.page_count + 1))
 
     def _pieces(self, first: int) -> Iterator[Piece]:
         """Of all files from that one on."""
@@ -101,15 +114,14 @@ class Loader:
             table = self._job.files[index].page_table()
             for span in found.stretches.spans:
                 self._load_stretch(found.stretches.index.frames(*span), next(pieces), table)
-        del self._plans[index]  # not before: `pieces` may look at it as late as now
+        del self._plans[index]  # not before: `pieces` looks at it when the first piece is asked for
 
     def _load_whole(self, index: int, found: Plan, pieces: Iterator[memoryview]) -> None:
         """Decode all of the file, write what is wanted, verify the file's checksum."""
         wanted = self._job.files[index]
         table = wanted.page_table()
         decoder = StreamDecoder()
-        read = islice(pieces, len(found.pieces))
-        for piece in read if found.content is None else (memoryview(found.content),):
+        for piece in islice(pieces, len(found.pieces)):
             for start in range(0, len(piece), _SLICE):
                 self._gate.wait()
                 pages = decoder.feed(piece[start : start + _SLICE].tobytes())

@@ -30,13 +30,11 @@ class Stretches:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The pieces of a file to read, in their order."""
+    """The pieces of a file to read."""
 
     pieces: tuple[Piece, ...]
     stretches: Stretches | None = None
-    """None: the whole file is read."""
-    content: bytes | None = None
-    """The whole file, if it need not be read."""
+    """None: the pieces are the whole file."""
 
 
 def check_header(header: Header, file: StoredFile, page_size: int) -> None:
@@ -60,8 +58,6 @@ def plan(store: Store, wanted: BulkFile, page_size: int, timeout: float) -> Plan
     bytes. May have to read the page index: raises `LTXError` and what `Store.read` raises.
     """
     file = wanted.file
-    if wanted.content is not None:
-        return Plan((), content=wanted.content)
     # Pages are at most what the bitmap has bits: with half of them set, half of the file is wanted.
     if file.size < LARGE or 2 * wanted.count >= 8 * len(wanted.wanted):
         return plan_whole(file)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from lazyreplica.bulk.job import Event, Failed, encode_event, read_job
+from lazyreplica.bulk.job import LISTENING, Event, Failed, encode_event, read_job
 from lazyreplica.bulk.pieces import PieceReader
 from lazyreplica.storage import open_store
 from lazyreplica.storage.credentials import from_texts
@@ -87,13 +87,14 @@ def _stand_back() -> None:
     The second is SCHED_BATCH (sched(7)): threads that wait for the network wake thousands of times a second.
     """
     os.nice(_NICE)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
         with contextlib.suppress(OSError):  # a sandbox that knows no such thing
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _work(parent: Parent, gate: threading.Event) -> None:
     job = read_job(parent.read_exactly)
+    parent.tell(LISTENING)
     threading.Thread(target=parent.obey, args=(gate,), daemon=True).start()
     store = open_store(job.url, None if job.keys is None else from_texts(job.keys))
     reader = PieceReader(store, job.connections, job.timeout, gate)
