@@ -261,10 +261,11 @@ def test_a_child_that_says_much_before_it_listens(tmp_path: Path, big: Big, monk
 def test_nobody_waits_for_a_child_that_does_not_listen(
     tmp_path: Path, big: Big, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "_BOOTSTRAP", "import time\ntime.sleep(1000)")
+    says = """print('["Progress", 0, 0]', flush=True)"""  # that it listens: which is not true, but its input is full
+    monkeypatch.setattr(bulk, "_BOOTSTRAP", f"import time\n{says}\ntime.sleep(1000)")
     loader = BulkLoader(large_job(Target.make(tmp_path, 4096, len(big.pages)), big))
     loader.start()
-    time.sleep(0.1)  # its input fills up
+    eventually(lambda: loader._listening)
     for _ in range(100_000):
         loader.pause()
         loader.resume()
