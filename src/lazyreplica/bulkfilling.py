@@ -101,6 +101,8 @@ class BulkFiller:
     def _attend(self, loader: BulkLoader, wanted: Sequence[Wanted], goes_on: Callable[[], bool]) -> dict[Layer, str]:
         damaged: dict[Layer, str] = {}
         for event in loader.events():
+            if not goes_on():
+                raise Stopped  # before what it says: an error of files that are nobody's any more is none
             match event:
                 case FileDamaged(index, reason):
                     damaged[wanted[index].layer] = reason
@@ -112,8 +114,6 @@ class BulkFiller:
                     raise exception
                 case _:
                     pass
-            if not goes_on():
-                raise Stopped
         if self._stopped:
             raise Stopped
         return damaged

@@ -298,7 +298,8 @@ class Hydrator:
         except LazyReplicaError as exc:
             log.info("%s is not loaded in bulk: %s", self._store.url, exc)
             damaged = {}
-        self._by_hand = True  # whatever is missing now
+        with self.local.guard:
+            self._by_hand = self.local.copy is copy  # whatever is missing now
         for layer, reason in damaged.items():
             raise self._filler.distrust(layer, reason)
 

@@ -273,6 +273,48 @@ def test_nobody_waits_for_a_child_that_does_not_listen(
     assert list(loader.events()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_child_that_was_frozen_is_told_how_things_stand(tmp_path: Path, big: Big, paused: bool) -> None:
+    """Whichever is the last letter that its pipe takes."""
+    target = Target.make(tmp_path, 4096, len(big.pages))
+    with loading(large_job(target, big)) as loader:
+        eventually(lambda: loader._listening)
+        if paused:
+            loader.pause()
+            time.sleep(0.3)
+        os.kill(pid_of(loader), signal.SIGSTOP)
+        for _ in range(40_000):  # more letters than a pipe takes
+            loader.resume()
+            loader.pause()
+        loader.resume()
+        os.kill(pid_of(loader), signal.SIGCONT)
+        assert [event for event in loader.events() if not isinstance(event, Progress)] == [FileDone(0)]
+    assert target.check(big.pages) == set(big.pages)
+
+
+def test_a_system_that_knows_no_scheduling_policies(tmp_path: Path, big: Big, monkeypatch: pytest.MonkeyPatch) -> None:
+    """musl's calls always fail."""
+    without = """
+import os
+def fails(*_): raise OSError(38, 'Function not implemented')
+os.sched_getscheduler = os.sched_setscheduler = fails
+"""
+    monkeypatch.setattr(bulk, "_BOOTSTRAP", without + bulk._BOOTSTRAP)
+    assert load(Target.make(tmp_path, 4096, 8).job(big.directory.url, [(big.file, [1])])) == [FileDone(0)]
+
+
+def test_no_descriptor_left_is_not_an_error_of_the_local_files(
+    tmp_path: Path, big: Big, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(bulk.selectors, "DefaultSelector", fail)
+    (failed,) = load(Target.make(tmp_path, 4096, 8).job(big.directory.url, [(big.file, [1])]))
+    assert isinstance(failed, Failed) and isinstance(failed.exception, WorkerLost)
+
+
 # -- files --
 
 

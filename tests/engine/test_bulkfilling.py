@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
+from collections.abc import Callable
 
 import pytest
 from replicas import FULL, History, ReplicaDirectory, complete, hydration_file, local_database, opened, start
@@ -26,6 +28,8 @@ class Loaders:
         self.jobs: list[BulkJob] = []
         self.by_hand = 0
         self.kill = False
+        self.before: Callable[[], None] = lambda: None
+        """Called when a loader is about to be started."""
         seen = self
 
         class Watched(BulkLoader):
@@ -34,6 +38,7 @@ class Loaders:
                 super().__init__(job, kept_fds=kept_fds)
 
             def start(self) -> None:
+                seen.before()
                 super().start()
                 if seen.kill:
                     assert self._process is not None
@@ -97,6 +102,33 @@ def test_another_history_is_loaded_in_bulk_as_well(directory: ReplicaDirectory, 
         other.commit(size=SIZE)
         directory.sync(other)
         replica.refresh()
+        eventually(lambda: is_local(replica, other))
+    assert len(loaders.jobs) == 2
+    assert not loaders.by_hand
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_another_history_comes_before_the_child_has_begun(
+    directory: ReplicaDirectory, loaders: Loaders, killed: bool
+) -> None:
+    """What goes wrong with the copy of before is nobody's business any more."""
+    replica_with_increments(directory)
+    begun, replaced = threading.Event(), threading.Event()
+
+    def before() -> None:
+        loaders.kill = killed and len(loaders.jobs) == 1
+        begun.set()
+        assert replaced.wait(30)
+
+    loaders.before = before
+    with opened(directory, **FULL) as replica:
+        assert begun.wait(30)
+        directory.wipe()
+        other = History("other")
+        other.commit(size=SIZE)
+        directory.sync(other)
+        replica.refresh()
+        replaced.set()
         eventually(lambda: is_local(replica, other))
     assert len(loaders.jobs) == 2
     assert not loaders.by_hand

@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 2.0
 _END_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+"""After that it is seen whether the process must still be told something."""
 _PAUSE, _RESUME = b"p", b"r"
 _PYTHON = re.compile(r"(python|pypy)[\w.-]*", re.IGNORECASE)
 _BOOTSTRAP = """
@@ -96,7 +98,8 @@ class BulkLoader:
         """Guards what follows, and is not held for long."""
         self._listening = False
         """The process has read the job, and its standard input is open."""
-        self._paused = False
+        self._paused = self._told = False
+        """What is wanted, and what the process has been told."""
         self._stopped = False
 
     def start(self) -> None:
@@ -148,16 +151,20 @@ class BulkLoader:
 
     def _let(self, *, paused: bool) -> None:
         with self._lock:
-            changed = paused != self._paused
             self._paused = paused
-            if changed and self._listening:
-                self._command(_PAUSE if paused else _RESUME)
+            self._tell()
 
-    def _command(self, letter: bytes) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        # It has ended; or it has read nothing for 64 KiB of letters, and must not keep whoever tells it one.
-        with contextlib.suppress(OSError):
-            os.write(self._process.stdin.fileno(), letter)
+    def _tell(self) -> None:
+        """Tell the process whether to pause, unless it knows. Under `_lock`.
+
+        What it cannot be told (it has read nothing for 64 KiB of letters, or has ended) keeps nobody waiting: it is
+        told later.
+        """
+        if self._listening and self._told != self._paused:
+            assert self._process is not None and self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                os.write(self._process.stdin.fileno(), _PAUSE if self._paused else _RESUME)
+                self._told = self._paused
 
     def _attend(self) -> None:
         """The thread: gives the process its job, and passes on what it says."""
@@ -175,7 +182,9 @@ class BulkLoader:
                 self._events.put(event)
         except Exception as exc:  # noqa: BLE001 (told, or whoever waits for events would wait for ever)
             self._left = 0
-            self._events.put(Failed(exc))
+            # An `OSError` would be one of the local files.
+            lost = WorkerLost(f"the bulk worker cannot be attended to: {exc}") if isinstance(exc, OSError) else exc
+            self._events.put(Failed(lost))
         finally:
             with self._lock:
                 self._listening = False
@@ -206,8 +215,7 @@ class BulkLoader:
         """The process has read its job: there is room for a letter, and it will be read."""
         with self._lock:
             self._listening = True
-            if self._paused:
-                self._command(_PAUSE)
+            self._tell()
 
     def _talk(self, process: subprocess.Popen[bytes]) -> Iterator[Event]:
         """Events until the process closes its output; what it writes to standard error is logged.
@@ -222,7 +230,10 @@ class BulkLoader:
                 selector.register(pipe, selectors.EVENT_READ, bytearray())
             talking = 2
             while talking:
-                for key, _ in selector.select():
+                ready = selector.select(_LOOK_SECONDS)
+                with self._lock:
+                    self._tell()
+                for key, _ in ready:
                     if key.fileobj is process.stdin:
                         if not self._give(key.fd):
                             selector.unregister(key.fd)

@@ -57,6 +57,7 @@ class BulkJob:
     """Exists, fully written (no holes: it is mapped), one byte a page: 0 absent, 1 written."""
     page_size: int
     files: tuple[BulkFile, ...]
+    """One at least: when all have ended, the job has."""
     connections: int
     timeout: float
     """Seconds for each request."""

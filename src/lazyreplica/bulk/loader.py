@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from operator import itemgetter
 
@@ -37,7 +38,8 @@ class Loader:
         self, job: BulkJob, store: Store, reader: PieceReader, gate: threading.Event, tell: Callable[[Event], None]
     ) -> None:
         """Works while `gate` is set. Raises `OSError`, `ValueError` for pages that the files have no place for."""
-        self._job = job
+        self._job = replace(job, frames=())
+        self._frames = job.frames
         self._store = store
         self._gate = gate
         self._tell = tell
@@ -78,10 +80,11 @@ class Loader:
 
     def _load_frames(self) -> None:
         """Decode and write what came with the job. A page that cannot be decoded is simply not there."""
-        page_size = self._job.page_size
+        page_size, frames = self._job.page_size, self._frames
+        self._frames = ()
 
         def decode() -> Iterator[tuple[int, bytes]]:
-            for pgno, frame in sorted(self._job.frames, key=itemgetter(0)):
+            for pgno, frame in sorted(frames, key=itemgetter(0)):
                 with contextlib.suppress(LTXError):
                     yield pgno, decode_frame(frame, pgno, page_size)
 

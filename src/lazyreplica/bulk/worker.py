@@ -87,9 +87,10 @@ def _stand_back() -> None:
     The second is SCHED_BATCH (sched(7)): threads that wait for the network wake thousands of times a second.
     """
     os.nice(_NICE)
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):  # a sandbox that knows no such thing
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # musl, or a sandbox that knows no such thing
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:  # SCHED_IDLE is more than that
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _work(parent: Parent, gate: threading.Event) -> None:
@@ -101,4 +102,6 @@ def _work(parent: Parent, gate: threading.Event) -> None:
     reader.prepare()
     from lazyreplica.bulk.loader import Loader  # takes as long as a handshake: meanwhile
 
-    Loader(job, store, reader, gate, parent.tell).run()
+    loader = Loader(job, store, reader, gate, parent.tell)
+    del job  # its frames are needed until they are written
+    loader.run()
