@@ -88,7 +88,7 @@ def _stand_back() -> None:
     """
     os.nice(_NICE)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # musl, or a sandbox that knows no such thing
+        with contextlib.suppress(OSError, AttributeError):  # musl, or a sandbox that knows no such thing
             if os.sched_getscheduler(0) == os.SCHED_OTHER:  # SCHED_IDLE is more than that
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
