@@ -364,11 +364,12 @@ def _try_lock(fd: int, kind: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory of ours; the lock last, which shows that what is left is ours."""
-    for entry in list(path.iterdir()):
-        if entry.name != _USERS:
-            with contextlib.suppress(OSError):
-                entry.unlink()
+    """Remove a directory of ours; the lock last, which shows that what is left is ours. It may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(path.iterdir()):
+            if entry.name != _USERS:
+                with contextlib.suppress(OSError):
+                    entry.unlink()
     shutil.rmtree(path, ignore_errors=True)
 
 
