@@ -1,4 +1,4 @@
-"""What stands for other machines, or only watches, does not interrupt what is measured."""
+"""What stands for other machines does not interrupt what is measured."""
 
 from __future__ import annotations
 
